@@ -1,0 +1,76 @@
+//! Instruction sets: what the CPU has, and the cap that `DELTANET_ISA` puts on it.
+
+use crate::error::{Error, Result, Status};
+use std::sync::OnceLock;
+
+/// An instruction set that the kernels are instantiated for, weakest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Isa {
+    /// Plain Rust, no intrinsics.
+    Scalar,
+    /// AVX2, FMA and F16C: 8 lanes.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL: 16 lanes.
+    Avx512,
+}
+
+impl Isa {
+    /// All of them, weakest first.
+    pub const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+
+    /// The name that `DELTANET_ISA` and the command use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Scalar => "scalar",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        }
+    }
+
+    /// The instruction set of that name.
+    pub fn from_name(name: &str) -> Option<Isa> {
+        Isa::ALL.into_iter().find(|isa| isa.name() == name)
+    }
+
+    /// Whether this CPU (and its operating system) can run it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Isa::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => {
+                Isa::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+
+    /// The best one that this CPU has.
+    pub fn detected() -> Isa {
+        Isa::ALL.into_iter().rev().find(|isa| isa.is_available()).unwrap_or(Isa::Scalar)
+    }
+
+    /// The one in force: the best that the CPU has and `DELTANET_ISA` allows. The variable is read once.
+    pub fn in_force() -> Result<Isa> {
+        static CAP: OnceLock<std::result::Result<Isa, String>> = OnceLock::new();
+        let cap = CAP.get_or_init(|| match std::env::var("DELTANET_ISA") {
+            Ok(name) if !name.is_empty() => Isa::from_name(&name).ok_or(name),
+            _ => Ok(Isa::Avx512),
+        });
+        match cap {
+            Ok(cap) => Ok(Isa::detected().min(*cap)),
+            Err(name) => Err(Error::new(
+                Status::UnknownValue,
+                format!("DELTANET_ISA is {name:?}; it must be scalar, avx2 or avx512"),
+            )),
+        }
+    }
+}

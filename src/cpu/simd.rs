@@ -1,0 +1,366 @@
+//! The narrow vector interface that the CPU algorithms are written against.
+//!
+//! An algorithm is generic over `Simd` and marked `#[inline(always)]`; a `#[target_feature]` shim instantiates it, so
+//! every intrinsic below is inlined into code that has the feature.
+
+#![allow(
+    unsafe_op_in_unsafe_fn,
+    clippy::undocumented_unsafe_blocks,
+    clippy::missing_safety_doc,
+    reason = "one intrinsic a method: the trait's one contract covers them all"
+)]
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+
+/// Widest vector of any instance, in f32 lanes; sizes small stack buffers.
+pub const MAX_LANES: usize = 16;
+
+/// # Safety
+/// Every method may be called only where the CPU has the instance's features, and pointers must be valid for LANES
+/// elements (no alignment asked for).
+#[allow(dead_code, reason = "the chunked algorithm uses the rest")]
+pub trait Simd: Copy + 'static {
+    type V: Copy;
+    const LANES: usize;
+    /// Rows of a matrix-product register tile; its width is `TILE_VECS` vectors.
+    const TILE_ROWS: usize;
+    const TILE_VECS: usize;
+
+    unsafe fn splat(x: f32) -> Self::V;
+    unsafe fn load(p: *const f32) -> Self::V;
+    unsafe fn store(p: *mut f32, v: Self::V);
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    /// a * b + c
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// c - a * b
+    unsafe fn fnma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The second operand where either is NaN.
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// Round to nearest, ties to even.
+    unsafe fn round(a: Self::V) -> Self::V;
+    /// 2^n for integral n in [-126, 127].
+    unsafe fn exp2i(n: Self::V) -> Self::V;
+    /// dst[i] = sum of the lanes of v[i], for LANES vectors.
+    unsafe fn sums(v: *const Self::V, dst: *mut f32);
+    /// Transposes a LANES x LANES block: dst[j * dst_stride + i] = src[i * src_stride + j].
+    unsafe fn transpose(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize);
+    unsafe fn load_f16(p: *const u16) -> Self::V;
+    unsafe fn load_bf16(p: *const u16) -> Self::V;
+    unsafe fn store_f16(p: *mut u16, v: Self::V);
+
+    /// e^x, about 1 ulp; 0 below -104, infinity above 88.8, NaN for NaN.
+    #[inline(always)]
+    unsafe fn exp(x: Self::V) -> Self::V {
+        // Operand order keeps NaN.
+        let x = Self::min(Self::splat(89.0), x);
+        let x = Self::max(Self::splat(-104.5), x);
+        let n = Self::round(Self::mul(x, Self::splat(std::f32::consts::LOG2_E)));
+        // ln 2 in two parts: n * 0.693359375 is exact.
+        let r = Self::fnma(n, Self::splat(0.693_359_4), x);
+        let r = Self::fnma(n, Self::splat(-2.121_944_4e-4), r);
+        let mut p = Self::splat(1.987_569_1e-4);
+        p = Self::fma(p, r, Self::splat(1.398_199_9e-3));
+        p = Self::fma(p, r, Self::splat(8.333_452e-3));
+        p = Self::fma(p, r, Self::splat(4.166_579_6e-2));
+        p = Self::fma(p, r, Self::splat(1.666_666_5e-1));
+        p = Self::fma(p, r, Self::splat(5e-1));
+        let p = Self::add(Self::fma(Self::mul(p, r), r, r), Self::splat(1.0));
+        // 2^n in two factors, so that results that are subnormal or infinite come out right.
+        let half = Self::round(Self::mul(n, Self::splat(0.5)));
+        Self::mul(Self::mul(p, Self::exp2i(half)), Self::exp2i(Self::sub(n, half)))
+    }
+}
+
+/// One lane, no intrinsics.
+#[derive(Clone, Copy)]
+pub struct Scalar;
+
+impl Simd for Scalar {
+    type V = f32;
+    const LANES: usize = 1;
+    const TILE_ROWS: usize = 4;
+    const TILE_VECS: usize = 4;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> f32 {
+        x
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> f32 {
+        p.read()
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: f32) {
+        p.write(v)
+    }
+    #[inline(always)]
+    unsafe fn add(a: f32, b: f32) -> f32 {
+        a + b
+    }
+    #[inline(always)]
+    unsafe fn sub(a: f32, b: f32) -> f32 {
+        a - b
+    }
+    #[inline(always)]
+    unsafe fn mul(a: f32, b: f32) -> f32 {
+        a * b
+    }
+    #[inline(always)]
+    unsafe fn fma(a: f32, b: f32, c: f32) -> f32 {
+        a * b + c
+    }
+    #[inline(always)]
+    unsafe fn fnma(a: f32, b: f32, c: f32) -> f32 {
+        c - a * b
+    }
+    #[inline(always)]
+    unsafe fn min(a: f32, b: f32) -> f32 {
+        if a < b { a } else { b }
+    }
+    #[inline(always)]
+    unsafe fn max(a: f32, b: f32) -> f32 {
+        if a > b { a } else { b }
+    }
+    #[inline(always)]
+    unsafe fn round(a: f32) -> f32 {
+        a.round_ties_even()
+    }
+    #[inline(always)]
+    unsafe fn exp2i(n: f32) -> f32 {
+        f32::from_bits(((n as i32 + 127) as u32) << 23)
+    }
+    #[inline(always)]
+    unsafe fn sums(v: *const f32, dst: *mut f32) {
+        dst.write(v.read())
+    }
+    #[inline(always)]
+    unsafe fn transpose(src: *const f32, _: usize, dst: *mut f32, _: usize) {
+        dst.write(src.read())
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> f32 {
+        half::f16::from_bits(p.read()).to_f32()
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> f32 {
+        half::bf16::from_bits(p.read()).to_f32()
+    }
+    #[inline(always)]
+    unsafe fn store_f16(p: *mut u16, v: f32) {
+        p.write(half::f16::from_f32(v).to_bits())
+    }
+    // libm's is more accurate than the polynomial, and as fast here.
+    #[inline(always)]
+    unsafe fn exp(x: f32) -> f32 {
+        x.exp()
+    }
+}
+
+/// AVX2 + FMA + F16C, 8 lanes.
+#[derive(Clone, Copy)]
+pub struct Avx2;
+
+impl Simd for Avx2 {
+    type V = __m256;
+    const LANES: usize = 8;
+    const TILE_ROWS: usize = 6;
+    const TILE_VECS: usize = 2;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> __m256 {
+        _mm256_set1_ps(x)
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> __m256 {
+        _mm256_loadu_ps(p)
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: __m256) {
+        _mm256_storeu_ps(p, v)
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m256, b: __m256) -> __m256 {
+        _mm256_add_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m256, b: __m256) -> __m256 {
+        _mm256_sub_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m256, b: __m256) -> __m256 {
+        _mm256_mul_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
+        _mm256_fmadd_ps(a, b, c)
+    }
+    #[inline(always)]
+    unsafe fn fnma(a: __m256, b: __m256, c: __m256) -> __m256 {
+        _mm256_fnmadd_ps(a, b, c)
+    }
+    #[inline(always)]
+    unsafe fn min(a: __m256, b: __m256) -> __m256 {
+        _mm256_min_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn max(a: __m256, b: __m256) -> __m256 {
+        _mm256_max_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn round(a: __m256) -> __m256 {
+        _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a)
+    }
+    #[inline(always)]
+    unsafe fn exp2i(n: __m256) -> __m256 {
+        let i = _mm256_cvtps_epi32(n);
+        _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(i, _mm256_set1_epi32(127))))
+    }
+    #[inline(always)]
+    unsafe fn sums(v: *const __m256, dst: *mut f32) {
+        let h01 = _mm256_hadd_ps(*v, *v.add(1));
+        let h23 = _mm256_hadd_ps(*v.add(2), *v.add(3));
+        let h45 = _mm256_hadd_ps(*v.add(4), *v.add(5));
+        let h67 = _mm256_hadd_ps(*v.add(6), *v.add(7));
+        let h03 = _mm256_hadd_ps(h01, h23);
+        let h47 = _mm256_hadd_ps(h45, h67);
+        let lo = _mm256_permute2f128_ps::<0x20>(h03, h47);
+        let hi = _mm256_permute2f128_ps::<0x31>(h03, h47);
+        _mm256_storeu_ps(dst, _mm256_add_ps(lo, hi));
+    }
+    #[inline(always)]
+    unsafe fn transpose(src: *const f32, ss: usize, dst: *mut f32, ds: usize) {
+        // Halves are loaded crosswise, so that only in-lane shuffles remain.
+        let half = |i: usize, c: usize| {
+            _mm256_insertf128_ps::<1>(
+                _mm256_castps128_ps256(_mm_loadu_ps(src.add(i * ss + c))),
+                _mm_loadu_ps(src.add((i + 4) * ss + c)),
+            )
+        };
+        let mut c = 0;
+        while c < 8 {
+            let (a, b, d, e) = (half(0, c), half(1, c), half(2, c), half(3, c));
+            let (t0, t1) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+            let (t2, t3) = (_mm256_unpacklo_ps(d, e), _mm256_unpackhi_ps(d, e));
+            let r = [
+                _mm256_shuffle_ps::<0x44>(t0, t2),
+                _mm256_shuffle_ps::<0xee>(t0, t2),
+                _mm256_shuffle_ps::<0x44>(t1, t3),
+                _mm256_shuffle_ps::<0xee>(t1, t3),
+            ];
+            _mm256_storeu_ps(dst.add(c * ds), r[0]);
+            _mm256_storeu_ps(dst.add((c + 1) * ds), r[1]);
+            _mm256_storeu_ps(dst.add((c + 2) * ds), r[2]);
+            _mm256_storeu_ps(dst.add((c + 3) * ds), r[3]);
+            c += 4;
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> __m256 {
+        _mm256_cvtph_ps(_mm_loadu_si128(p.cast()))
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> __m256 {
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()))))
+    }
+    #[inline(always)]
+    unsafe fn store_f16(p: *mut u16, v: __m256) {
+        _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v))
+    }
+}
+
+/// AVX-512, 16 lanes.
+#[derive(Clone, Copy)]
+pub struct Avx512;
+
+impl Simd for Avx512 {
+    type V = __m512;
+    const LANES: usize = 16;
+    const TILE_ROWS: usize = 12;
+    const TILE_VECS: usize = 2;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> __m512 {
+        _mm512_set1_ps(x)
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> __m512 {
+        _mm512_loadu_ps(p)
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: __m512) {
+        _mm512_storeu_ps(p, v)
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        _mm512_add_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+        _mm512_sub_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        _mm512_mul_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        _mm512_fmadd_ps(a, b, c)
+    }
+    #[inline(always)]
+    unsafe fn fnma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        _mm512_fnmadd_ps(a, b, c)
+    }
+    #[inline(always)]
+    unsafe fn min(a: __m512, b: __m512) -> __m512 {
+        _mm512_min_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn max(a: __m512, b: __m512) -> __m512 {
+        _mm512_max_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn round(a: __m512) -> __m512 {
+        _mm512_roundscale_ps::<0x08>(a)
+    }
+    #[inline(always)]
+    unsafe fn exp2i(n: __m512) -> __m512 {
+        let i = _mm512_cvtps_epi32(n);
+        _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(i, _mm512_set1_epi32(127))))
+    }
+    #[inline(always)]
+    unsafe fn sums(v: *const __m512, dst: *mut f32) {
+        // 16 vectors to 8 half-width ones with lanes i and i + 8 added, then the 8-lane reduction twice.
+        let fold = |i: usize| {
+            let x = *v.add(i);
+            let hi = _mm512_castpd_ps(_mm512_castpd256_pd512(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(x))));
+            _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_castps512_ps256(hi))
+        };
+        let lo = [fold(0), fold(1), fold(2), fold(3), fold(4), fold(5), fold(6), fold(7)];
+        Avx2::sums(lo.as_ptr(), dst);
+        let hi = [fold(8), fold(9), fold(10), fold(11), fold(12), fold(13), fold(14), fold(15)];
+        Avx2::sums(hi.as_ptr(), dst.add(8));
+    }
+    #[inline(always)]
+    unsafe fn transpose(src: *const f32, ss: usize, dst: *mut f32, ds: usize) {
+        Avx2::transpose(src, ss, dst, ds);
+        Avx2::transpose(src.add(8), ss, dst.add(8 * ds), ds);
+        Avx2::transpose(src.add(8 * ss), ss, dst.add(8), ds);
+        Avx2::transpose(src.add(8 * ss + 8), ss, dst.add(8 * ds + 8), ds);
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> __m512 {
+        _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> __m512 {
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()))))
+    }
+    #[inline(always)]
+    unsafe fn store_f16(p: *mut u16, v: __m512) {
+        _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v))
+    }
+}

@@ -1,0 +1,32 @@
+//! deltanet: the gated delta net operator for inference engines.
+//!
+//! How a value flows:
+//!
+//! ```text
+//! deltanet_params ──> Params ──> Problem ──> Plan ──> kernel ──> status
+//!   (C struct)       (params)   (problem:    (plan:   (cpu,      (error,
+//!                               validated)   chosen)   cuda)      capi)
+//! ```
+//!
+//! [`params`] is what a caller writes, [`problem`] the only validator, [`plan`] the only place that chooses a kernel,
+//! [`cpu`] the kernels and how they are spread over threads, [`reference`] the same equations in f64 as the oracle of
+//! every test, and `capi` the exported functions. Engines' own structures are translated to [`params::Params`] at the
+//! edge and nowhere else.
+
+mod capi;
+/// cbindgen:ignore
+pub mod cpu;
+mod error;
+pub mod params;
+pub mod plan;
+/// cbindgen:ignore
+pub mod problem;
+pub mod reference;
+mod tensor;
+
+pub use capi::*;
+pub use error::{Error, Result, Status};
+pub use params::Params;
+pub use plan::Plan;
+pub use problem::Problem;
+pub use tensor::{Dtype, Tensor};

@@ -1,0 +1,202 @@
+//! The equations in f64, plain loops, no tricks: the oracle that every kernel is compared with.
+
+use crate::params::BetaKind;
+use crate::problem::{Problem, StateView};
+use crate::tensor::{Dtype, View};
+
+/// What a run of a problem must produce, in f64.
+#[derive(Clone, Debug)]
+pub struct Expected {
+    /// Outputs by (token sequence, token, value head, channel); `None` for tokens that no sequence owns.
+    out: Vec<Option<f64>>,
+    /// Final states by (sequence, value head, key channel, value channel).
+    state: Vec<f64>,
+    /// Each slot's states like `state`; `None` for a slot that stays untouched in that sequence.
+    snapshots: Vec<Vec<Option<f64>>>,
+}
+
+/// How far a run is from the oracle: the squared error over the squared expectation, 0 for an absent tensor.
+#[derive(Clone, Copy, Debug)]
+pub struct Nmse {
+    /// Of `out`.
+    pub out: f64,
+    /// Of `state_out` and all snapshots together.
+    pub state: f64,
+}
+
+impl Nmse {
+    /// Whether both are at most `bound`; a NaN is not.
+    pub fn within(&self, bound: f64) -> bool {
+        self.out <= bound && self.state <= bound
+    }
+}
+
+/// Computes what `problem` must produce.
+///
+/// # Safety
+/// The problem's tensors are as large as described, readable, and nobody writes to them meanwhile.
+pub unsafe fn evaluate(problem: &Problem) -> Expected {
+    let p = problem;
+    let (s, hv) = (p.head_size(), p.value_heads());
+    let [_, _, tokens, token_sequences] = p.v.ne;
+    let slots = p.snapshots.map_or(0, |snapshots| snapshots.count);
+    let mut expected = Expected {
+        out: vec![None; token_sequences * tokens * hv * s],
+        state: vec![0.0; p.sequences() * hv * s * s],
+        snapshots: vec![vec![None; p.sequences() * hv * s * s]; slots],
+    };
+    for b in 0..p.sequences() {
+        for h in 0..hv {
+            // SAFETY: passed on.
+            unsafe { evaluate_head(p, b, h, &mut expected) };
+        }
+    }
+    expected
+}
+
+/// One sequence and value head.
+///
+/// # Safety
+/// As for [`evaluate`].
+unsafe fn evaluate_head(p: &Problem, b: usize, h: usize, expected: &mut Expected) {
+    let (s, hv) = (p.head_size(), p.value_heads());
+    // SAFETY: indices are below the checked extents in every call below, and the caller vouches for the memory.
+    let load = |view: &View, at: [usize; 4]| unsafe { load(view, at) };
+    let (qk_sequence, sequence) = p.tensor_sequences(b);
+    let range = p.token_range(b);
+    let mut state = vec![0.0; s * s];
+    for (at, element) in state.iter_mut().enumerate() {
+        // SAFETY: as above.
+        *element = unsafe { load_state(&p.state_in, at / s, at % s, h, p.row_in(b)) };
+    }
+    let head = (b * hv + h) * s * s;
+    for t in range.clone() {
+        let row = |view: &View| -> Vec<f64> {
+            let raw: Vec<f64> = (0..s).map(|i| load(view, [i, p.key_head(h), t, qk_sequence])).collect();
+            let norm = p.qk_norm().map_or(1.0, |eps| (raw.iter().map(|x| x * x).sum::<f64>() + f64::from(eps)).sqrt());
+            raw.iter().map(|x| x / norm).collect()
+        };
+        let (q, k) = (row(&p.q), row(&p.k));
+        let beta = match (p.beta_kind(), load(&p.beta, [0, h, t, sequence])) {
+            (BetaKind::Value, beta) => beta,
+            (BetaKind::Logit, logit) => 1.0 / (1.0 + (-logit).exp()),
+        };
+        let decay = |i: usize| {
+            let g = load(&p.g, [if p.channel_gate() { i } else { 0 }, h, t, sequence]);
+            at_most(g, f64::from(p.gate_max())).exp()
+        };
+        for i in 0..s {
+            let decay = decay(i);
+            state[i * s..][..s].iter_mut().for_each(|x| *x *= decay);
+        }
+        let delta: Vec<f64> = (0..s)
+            .map(|j| {
+                let predicted: f64 = (0..s).map(|i| state[i * s + j] * k[i]).sum();
+                beta * (load(&p.v, [j, h, t, sequence]) - predicted)
+            })
+            .collect();
+        let limit = f64::from(p.state_clamp());
+        for i in 0..s {
+            for j in 0..s {
+                let updated = state[i * s + j] + k[i] * delta[j];
+                state[i * s + j] = -at_most(-at_most(updated, limit), limit);
+            }
+        }
+        for j in 0..s {
+            let o: f64 = (0..s).map(|i| state[i * s + j] * q[i]).sum();
+            expected.out[((sequence * p.v.ne[2] + t) * hv + h) * s + j] = Some(f64::from(p.scale()) * o);
+        }
+        if let Some(slot) = p.snapshots.and_then(|snapshots| snapshots.slot(t - range.start, range.len())) {
+            for (to, from) in expected.snapshots[slot][head..].iter_mut().zip(&state) {
+                *to = Some(*from);
+            }
+        }
+    }
+    expected.state[head..][..s * s].copy_from_slice(&state);
+}
+
+/// Compares what stands in the problem's outputs with what must stand there.
+///
+/// # Safety
+/// The problem's outputs are as large as described, readable, and nobody writes to them meanwhile.
+pub unsafe fn compare(problem: &Problem, expected: &Expected) -> Nmse {
+    let p = problem;
+    let (s, hv) = (p.head_size(), p.value_heads());
+    let tokens = p.v.ne[2];
+    let mut out = Error::default();
+    for (at, expected) in expected.out.iter().enumerate() {
+        let (channel, h, t, sequence) = (at % s, at / s % hv, at / s / hv % tokens, at / s / hv / tokens);
+        if let Some(expected) = expected {
+            // SAFETY: indices are below the checked extents, and the caller vouches for the memory.
+            out.add(unsafe { load(&p.out, [channel, h, t, sequence]) }, *expected);
+        }
+    }
+    let mut state = Error::default();
+    let mut states =
+        |view: &StateView, row: &dyn Fn(usize) -> usize, expected: &mut dyn Iterator<Item = Option<f64>>| {
+            for (at, expected) in expected.enumerate() {
+                let (j, i, h, b) = (at % s, at / s % s, at / s / s % hv, at / s / s / hv);
+                if let Some(expected) = expected {
+                    // SAFETY: as above.
+                    state.add(unsafe { load_state(view, i, j, h, row(b)) }, expected);
+                }
+            }
+        };
+    if let Some(view) = &p.state_out {
+        states(view, &|b| p.row_out(b), &mut expected.state.iter().copied().map(Some));
+    }
+    if let Some(snapshots) = &p.snapshots {
+        for (slot, expected) in expected.snapshots.iter().enumerate() {
+            states(&snapshots.view(slot), &|b| b, &mut expected.iter().copied());
+        }
+    }
+    Nmse { out: out.nmse(), state: state.nmse() }
+}
+
+/// The smaller of the two, or NaN where `x` is (`f64::min` would drop it).
+fn at_most(x: f64, limit: f64) -> f64 {
+    if x > limit { limit } else { x }
+}
+
+/// # Safety
+/// `at` is below the view's extents and the memory is readable.
+unsafe fn load(view: &View, at: [usize; 4]) -> f64 {
+    let element = view.at(at);
+    // SAFETY: the view is aligned for its dtype; the rest is passed on.
+    unsafe {
+        match view.dtype {
+            Dtype::F16 => element.cast::<half::f16>().read().to_f64(),
+            Dtype::Bf16 => element.cast::<half::bf16>().read().to_f64(),
+            _ => element.cast::<f32>().read().into(),
+        }
+    }
+}
+
+/// # Safety
+/// As for [`load`].
+unsafe fn load_state(view: &StateView, key: usize, value: usize, head: usize, row: usize) -> f64 {
+    // SAFETY: passed on.
+    unsafe { view.head(head, row).wrapping_byte_add(key * view.nb_k + value * view.nb_v).read().into() }
+}
+
+/// Sums of squares of an error and of the expectation.
+#[derive(Default)]
+struct Error {
+    error: f64,
+    power: f64,
+}
+
+impl Error {
+    fn add(&mut self, actual: f64, expected: f64) {
+        // What IEEE defines as NaN or infinite must come out so; it would otherwise drown every other element.
+        if !expected.is_finite() && (actual == expected || actual.is_nan() && expected.is_nan()) {
+            return;
+        }
+        self.error += (actual - expected) * (actual - expected);
+        self.power += expected * expected;
+    }
+
+    fn nmse(&self) -> f64 {
+        if self.error == 0.0 { 0.0 } else { self.error / self.power }
+    }
+}

@@ -1,2 +1,36 @@
-//! x
-fn main() {}
+//! The `deltanet` command: check golden cases and describe the machine.
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use deltanet_cli::{check, info};
+use std::process::ExitCode;
+
+/// The gated delta net operator at the command line.
+#[derive(Parser)]
+#[command(version)]
+struct Command {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Run golden cases and compare with the answers they carry.
+    Check(check::Options),
+    /// Print the version, the instruction sets, the cores and the caches.
+    Info,
+}
+
+fn main() -> ExitCode {
+    run(Command::parse().task).unwrap_or_else(|error| {
+        eprintln!("deltanet: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(task: Task) -> Result<ExitCode> {
+    match task {
+        Task::Check(options) => check::run(&options),
+        Task::Info => info::run(),
+    }
+}

@@ -1,0 +1,6 @@
+//! The parts of the `deltanet` command, for its binary and for tests that read the same files.
+
+pub mod check;
+pub mod golden;
+pub mod info;
+mod isa;

@@ -79,12 +79,6 @@ impl Snapshots {
         })
     }
 
-    /// The first token whose state is kept (`tokens` if none is).
-    pub fn first_token(&self, tokens: usize) -> usize {
-        let kept = tokens.saturating_sub(self.skip);
-        if self.count == 0 || kept == 0 { tokens } else { kept.saturating_sub(self.count) }
-    }
-
     /// The view of one slot.
     #[inline]
     pub fn view(&self, slot: usize) -> StateView {

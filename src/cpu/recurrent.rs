@@ -3,6 +3,8 @@
 //! A task is one sequence, one value head and a block of value columns, whose state stays in scratch (L1) for all
 //! tokens. Columns do not depend on each other, and a column's arithmetic does not depend on the block it is in.
 
+#![allow(clippy::needless_range_loop, reason = "vector registers are indexed side by side")]
+
 use super::rows::{Columns, load_row, store_row};
 use super::simd::Simd;
 use crate::params::BetaKind;

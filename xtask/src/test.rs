@@ -1,0 +1,36 @@
+//! `cargo xtask test`: set-up, then every check that guards main.
+
+use crate::command::{cargo, has, run};
+use anyhow::Result;
+use std::process::Command;
+
+/// Fetches what the tests need, then runs format, lints and tests.
+pub fn run_all() -> Result<()> {
+    set_up();
+    step("format", cargo().args(["fmt", "--all", "--check"]))?;
+    step("lints", cargo().args(["clippy", "--workspace", "--all-targets", "--release", "--", "-D", "warnings"]))?;
+    step("build", cargo().args(["build", "--workspace", "--release"]))?;
+    step("tests", cargo().args(["test", "--workspace", "--release"]))?;
+    Ok(())
+}
+
+/// Programs that some tests use and skip without: installed where we may, announced where not.
+fn set_up() {
+    let missing: Vec<&str> = ["valgrind"].into_iter().filter(|program| !has(program)).collect();
+    if missing.is_empty() {
+        return;
+    }
+    println!("== set-up: {missing:?}");
+    let install = || -> Result<()> {
+        run(Command::new("apt-get").arg("update"))?;
+        run(Command::new("apt-get").args(["install", "-y", "--no-install-recommends"]).args(&missing))
+    };
+    if let Err(error) = install() {
+        println!("   not installed ({error:#}); tests that need it will say SKIPPED");
+    }
+}
+
+fn step(name: &str, command: &mut Command) -> Result<()> {
+    println!("== {name}");
+    run(command)
+}

@@ -243,7 +243,7 @@ typedef struct deltanet_params {
   float gate_max;
   // The state is clamped to `[-state_clamp, state_clamp]` after every token; 0 means not (ik_llama.cpp: 1e6).
   float state_clamp;
-  // Nonzero: q and k are L2-normalised per head inside the operator, `x / sqrt(sum(x^2) + qk_norm_eps)`.
+  // 1: q and k are L2-normalised per head inside the operator, `x / sqrt(sum(x^2) + qk_norm_eps)`; 0: they are not.
   uint32_t qk_norm;
   // The epsilon of qk_norm (HF transformers, FLA: 1e-6).
   float qk_norm_eps;

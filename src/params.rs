@@ -120,7 +120,7 @@ pub struct Params {
     pub gate_max: f32,
     /// The state is clamped to `[-state_clamp, state_clamp]` after every token; 0 means not (ik_llama.cpp: 1e6).
     pub state_clamp: f32,
-    /// Nonzero: q and k are L2-normalised per head inside the operator, `x / sqrt(sum(x^2) + qk_norm_eps)`.
+    /// 1: q and k are L2-normalised per head inside the operator, `x / sqrt(sum(x^2) + qk_norm_eps)`; 0: they are not.
     pub qk_norm: u32,
     /// The epsilon of qk_norm (HF transformers, FLA: 1e-6).
     pub qk_norm_eps: f32,

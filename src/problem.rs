@@ -7,6 +7,10 @@ use crate::tensor::{Dtype, Tensor, View};
 /// Largest head size; kernels keep a few rows of this length on their stack.
 pub const MAX_HEAD_SIZE: usize = 1024;
 
+/// Largest number of heads of all sequences together, and of tokens: products with a head size stay inside 64 bits, and
+/// a count in strides of 0 cannot ask for years of work.
+const MAX_COUNT: usize = i32::MAX as usize;
+
 /// Where the tensors live, which decides whether index tensors can be read while validating.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
@@ -185,6 +189,18 @@ impl Problem {
                 offsets.0.ne[0].saturating_sub(1)
             }
         };
+        ensure!(
+            tokens <= MAX_COUNT,
+            Shape,
+            "v.ne[2] (the number of tokens) is {tokens}; it must be at most {MAX_COUNT}"
+        );
+        ensure!(
+            value_heads.checked_mul(sequences).is_some_and(|heads| heads <= MAX_COUNT),
+            Shape,
+            "v.ne[1] is {value_heads} and {} is {}; value heads times sequences must be at most {MAX_COUNT}",
+            if cu_seqlens.is_some() { "cu_seqlens.ne[0]" } else { "v.ne[3]" },
+            if cu_seqlens.is_some() { sequences + 1 } else { sequences }
+        );
         shape("q", &q, [head_size, key_heads, tokens, qk_sequences])?;
         shape("k", &k, q.ne)?;
         ensure!(
@@ -345,10 +361,13 @@ impl Problem {
         Ok(problem)
     }
 
-    /// Whether state_in and state_out are the same rows of memory.
+    /// Whether state_in and state_out are the same rows of memory. Strides of axes of one element mean nothing.
     pub(crate) fn one_pool(&self) -> bool {
         self.state_out.is_some_and(|out| {
-            let key = |s: &StateView| (s.data, s.nb_k, s.nb_v, s.nb_head, s.nb_row);
+            let several = |n: usize, stride: usize| if n > 1 { stride } else { 0 };
+            let rows = self.state_in.rows.min(out.rows);
+            let key =
+                |s: &StateView| (s.data, s.nb_k, s.nb_v, several(self.value_heads, s.nb_head), several(rows, s.nb_row));
             key(&self.state_in) == key(&out)
         })
     }

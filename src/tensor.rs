@@ -199,6 +199,10 @@ impl Region {
 
     /// Whether two different elements may share a byte: some axis' stride is less than what the smaller ones cover.
     pub fn overlaps_itself(&self) -> bool {
+        // A dense tensor without elements has strides of 0 past its empty axis.
+        if self.is_empty() {
+            return false;
+        }
         let mut axes: [(usize, usize); 5] = std::array::from_fn(|axis| (self.nb[axis], self.ne[axis]));
         axes.sort_unstable();
         let mut covered = self.size;
@@ -228,6 +232,12 @@ mod tests {
         assert!(!a.overlaps(&b) && !b.overlaps(&a));
         let c = region(60, [16, 1, 10, 2, 1], [4, 64, 256, 2560, 0]);
         assert!(a.overlaps(&c) && c.overlaps(&a) && c.overlaps(&b));
+    }
+
+    #[test]
+    fn nothing_overlaps_an_empty_tensor() {
+        let empty = region(0, [16, 4, 0, 2, 1], [4, 64, 256, 0, 0]);
+        assert!(!empty.overlaps_itself() && !empty.overlaps(&region(0, [16, 4, 1, 1, 1], [4, 64, 256, 0, 0])));
     }
 
     #[test]

@@ -241,7 +241,8 @@ typedef struct deltanet_params {
   float scale;
   // Upper clamp on g before exp; 0 means none (ik_llama.cpp: 50).
   float gate_max;
-  // The state is clamped to `[-state_clamp, state_clamp]` after every token; 0 means not (ik_llama.cpp: 1e6).
+  // The state is clamped to `[-state_clamp, state_clamp]` after every token, whose own output comes from the state
+  // before the clamp; 0 means not (ik_llama.cpp: 1e6).
   float state_clamp;
   // 1: q and k are L2-normalised per head inside the operator, `x / sqrt(sum(x^2) + qk_norm_eps)`; 0: they are not.
   uint32_t qk_norm;

@@ -95,17 +95,18 @@ unsafe fn evaluate_head(p: &Problem, b: usize, h: usize, expected: &mut Expected
                 beta * (load(&p.v, [j, h, t, sequence]) - predicted)
             })
             .collect();
-        let limit = f64::from(p.state_clamp());
         for i in 0..s {
             for j in 0..s {
-                let updated = state[i * s + j] + k[i] * delta[j];
-                state[i * s + j] = -at_most(-at_most(updated, limit), limit);
+                state[i * s + j] += k[i] * delta[j];
             }
         }
         for j in 0..s {
             let o: f64 = (0..s).map(|i| state[i * s + j] * q[i]).sum();
             expected.out[((sequence * p.v.ne[2] + t) * hv + h) * s + j] = Some(f64::from(p.scale()) * o);
         }
+        // As in ik_llama.cpp, the token's own output comes from the state before the clamp.
+        let limit = f64::from(p.state_clamp());
+        state.iter_mut().for_each(|x| *x = -at_most(-at_most(*x, limit), limit));
         if let Some(slot) = p.snapshots.and_then(|snapshots| snapshots.slot(t - range.start, range.len())) {
             for (to, from) in expected.snapshots[slot][head..].iter_mut().zip(&state) {
                 *to = Some(*from);

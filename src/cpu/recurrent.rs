@@ -69,7 +69,7 @@ pub unsafe fn run<S: Simd, const NV: usize>(
             load_row::<S>(&p.v, first, width, [head, t, sequence], value);
             let (scale, limit) = (p.scale(), p.state_clamp());
             for column in (0..width).step_by(GROUP) {
-                let token = Token { q, k, decayed_q, decayed_k, decay, kq, beta, scale, limit };
+                let token = Token { k, decayed_q, decayed_k, decay, kq, beta, scale, limit };
                 token.step::<S, NV>(block.add(column), value.add(column), out.add(column), s);
             }
             store_row::<S>(&p.out, first, width, [head, t, sequence], out);
@@ -87,7 +87,6 @@ pub unsafe fn run<S: Simd, const NV: usize>(
 
 /// One token's inputs, in scratch.
 struct Token {
-    q: *const f32,
     k: *const f32,
     decayed_q: *const f32,
     decayed_k: *const f32,
@@ -102,7 +101,8 @@ impl Token {
     /// Advances `GROUP` columns by one token.
     ///
     /// Both products need only the old state, since S'^T q = (decay S)^T q + delta (k.q), so the state is read once
-    /// for them and once to be updated. A clamp breaks that identity: the output then takes a pass of its own.
+    /// for them and once to be updated. A clamp does not disturb that: it applies to the state that is kept, not to the
+    /// token's output.
     ///
     /// # Safety
     /// The rows hold `s` floats, `block` `s` rows of `BLOCK`, `value` and `out` `GROUP`.
@@ -111,6 +111,7 @@ impl Token {
         // SAFETY: i < s and v < NV keep every access inside what the caller promises.
         unsafe {
             let at = |i: usize, v: usize| block.add(i * BLOCK + v * S::LANES);
+            let clamps = self.limit != f32::INFINITY;
             let mut predicted = [S::splat(0.0); NV];
             let mut recalled = [S::splat(0.0); NV];
             for i in 0..s {
@@ -127,26 +128,14 @@ impl Token {
                 delta[v] = S::mul(S::splat(self.beta), error);
                 recalled[v] = S::fma(delta[v], S::splat(self.kq), recalled[v]);
             }
-            if self.limit == f32::INFINITY {
-                for i in 0..s {
-                    let (decay, k) = (S::splat(*self.decay.add(i)), S::splat(*self.k.add(i)));
-                    for v in 0..NV {
-                        S::store(at(i, v), S::fma(delta[v], k, S::mul(decay, S::load(at(i, v)))));
-                    }
-                }
-            } else {
-                let (low, high) = (S::splat(-self.limit), S::splat(self.limit));
-                recalled = [S::splat(0.0); NV];
-                for i in 0..s {
-                    let (decay, k) = (S::splat(*self.decay.add(i)), S::splat(*self.k.add(i)));
-                    let q = S::splat(*self.q.add(i));
-                    for v in 0..NV {
-                        let state = S::fma(delta[v], k, S::mul(decay, S::load(at(i, v))));
-                        // The limit comes first, so that a NaN state stays one.
-                        let state = S::max(low, S::min(high, state));
-                        S::store(at(i, v), state);
-                        recalled[v] = S::fma(state, q, recalled[v]);
-                    }
+            let (low, high) = (S::splat(-self.limit), S::splat(self.limit));
+            for i in 0..s {
+                let (decay, k) = (S::splat(*self.decay.add(i)), S::splat(*self.k.add(i)));
+                for v in 0..NV {
+                    let state = S::fma(delta[v], k, S::mul(decay, S::load(at(i, v))));
+                    // The limit comes first, so that a NaN state stays one.
+                    let clamped = if clamps { S::max(low, S::min(high, state)) } else { state };
+                    S::store(at(i, v), clamped);
                 }
             }
             for v in 0..NV {

@@ -17,6 +17,8 @@ mod capi;
 /// cbindgen:ignore
 pub mod cpu;
 mod error;
+mod ik;
+mod log;
 pub mod params;
 pub mod plan;
 /// cbindgen:ignore
@@ -26,6 +28,7 @@ mod tensor;
 
 pub use capi::*;
 pub use error::{Error, Result, Status};
+pub use ik::iqk_fused_delta_net;
 pub use params::Params;
 pub use plan::Plan;
 pub use problem::Problem;

@@ -61,11 +61,12 @@ impl Default for Tensor {
 }
 
 impl Tensor {
-    /// A tensor with the strides of a dense array of this shape.
+    /// A tensor with the strides of a dense array of this shape; past the address space they saturate, and the
+    /// validator refuses them.
     pub fn dense(data: *mut c_void, dtype: Dtype, ne: [i64; 4]) -> Tensor {
         let mut nb = [dtype.size(); 4];
         for axis in 1..4 {
-            nb[axis] = nb[axis - 1] * ne[axis - 1].max(0) as usize;
+            nb[axis] = nb[axis - 1].saturating_mul(ne[axis - 1].max(0) as usize);
         }
         Tensor { data, ne, nb, dtype: dtype as u32, reserved: 0 }
     }

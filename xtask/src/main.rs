@@ -2,6 +2,7 @@
 
 mod cache;
 mod command;
+mod demo;
 mod test;
 
 use anyhow::Result;
@@ -29,7 +30,7 @@ fn main() -> ExitCode {
 
 fn run(task: Task) -> Result<()> {
     match task {
-        Task::Demo => Ok(()),
+        Task::Demo => demo::run_demo(),
         Task::Test => test::run_all(),
     }
 }

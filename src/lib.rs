@@ -10,8 +10,8 @@
 //!
 //! [`params`] is what a caller writes, [`problem`] the only validator, [`plan`] the only place that chooses a kernel,
 //! [`cpu`] the kernels and how they are spread over threads, [`reference`] the same equations in f64 as the oracle of
-//! every test, and `capi` the exported functions. Engines' own structures are translated to [`params::Params`] at the
-//! edge and nowhere else.
+//! every test, `capi` the exported functions, [`safe`] the same for Rust programs. Engines' own structures are
+//! translated to [`params::Params`] at the edge and nowhere else.
 
 mod capi;
 /// cbindgen:ignore
@@ -24,10 +24,12 @@ pub mod plan;
 /// cbindgen:ignore
 pub mod problem;
 pub mod reference;
+pub mod safe;
 mod tensor;
 
 pub use capi::*;
 pub use error::{Error, Result, Status};
+pub use half;
 pub use ik::iqk_fused_delta_net;
 pub use params::Params;
 pub use plan::Plan;

@@ -58,10 +58,10 @@ pub enum Precision {
 /// One call of the gated delta rule (Yang et al., "Gated Delta Networks", arXiv 2412.06464; ggml's
 /// GGML_OP_GATED_DELTA_NET). For every sequence b, value head h and token t, with a state S of k x v channels:
 ///
-///     S <- exp(g) * S
-///     d <- beta * (v - S^T k)
-///     S <- S + k d^T
-///     out <- scale * S^T q
+/// - `S <- exp(g) * S`
+/// - `d <- beta * (v - S^T k)`
+/// - `S <- S + k d^T`
+/// - `out <- scale * S^T q`
 ///
 /// All zeros with `struct_size` set means ggml's semantics; then fill in the tensors. S is the head size (a multiple
 /// of 16 up to 1024), Hk and Hv the numbers of key and value heads, T tokens, B sequences. The struct only grows at

@@ -118,6 +118,22 @@ impl Error {
         Error { status, message: message.into() }
     }
 
+    /// An error whose message is put together here. Where memory is so short that the words do not fit, they are cut:
+    /// reporting that must not abort the process.
+    pub(crate) fn compose(status: Status, message: fmt::Arguments<'_>) -> Self {
+        struct Words(String);
+        impl fmt::Write for Words {
+            fn write_str(&mut self, words: &str) -> fmt::Result {
+                self.0.try_reserve(words.len()).map_err(|_| fmt::Error)?;
+                self.0.push_str(words);
+                Ok(())
+            }
+        }
+        let mut words = Words(String::new());
+        let _ = fmt::Write::write_fmt(&mut words, message);
+        Error { status, message: words.0 }
+    }
+
     /// The class of rule that was broken.
     pub fn status(&self) -> Status {
         self.status
@@ -141,7 +157,7 @@ impl std::error::Error for Error {}
 macro_rules! ensure {
     ($rule:expr, $status:ident, $($message:tt)+) => {
         if !$rule {
-            return Err($crate::error::Error::new($crate::error::Status::$status, format!($($message)+)));
+            return Err($crate::error::Error::compose($crate::error::Status::$status, format_args!($($message)+)));
         }
     };
 }

@@ -32,7 +32,9 @@ impl Plan {
         );
         let s = problem.head_size();
         let columns = crate::cpu::recurrent::BLOCK.min(s);
-        let tasks = problem.sequences() * problem.value_heads() * s.div_ceil(columns);
+        // Without anything to write, the counts may stand for no memory at all and be far too many to walk through.
+        let heads = if problem.writes_nothing() { 0 } else { problem.sequences() * problem.value_heads() };
+        let tasks = heads * s.div_ceil(columns);
         let scratch = crate::cpu::recurrent::scratch_floats(s) * size_of::<f32>() + SCRATCH_ALIGN;
         Ok(Plan { isa, columns, tasks, scratch })
     }

@@ -244,10 +244,8 @@ impl Problem {
         let snapshots = match (p.snapshots.data.is_null(), p.n_snapshots) {
             (_, 0) => None,
             (true, count) => {
-                return Err(Error::new(
-                    Status::Snapshots,
-                    format!("snapshots.data is null; n_snapshots is {count} and needs a buffer"),
-                ));
+                let words = format_args!("snapshots.data is null; n_snapshots is {count} and needs a buffer");
+                return Err(Error::compose(Status::Snapshots, words));
             }
             (false, count) => {
                 let (slot0, view) = state("snapshots", &p.snapshots, None)?;
@@ -361,6 +359,11 @@ impl Problem {
         Ok(problem)
     }
 
+    /// Whether a run has no output: no token, and no state asked for.
+    pub(crate) fn writes_nothing(&self) -> bool {
+        self.tokens == 0 && self.state_out.is_none()
+    }
+
     /// Whether state_in and state_out are the same rows of memory. Strides of axes of one element mean nothing.
     pub(crate) fn one_pool(&self) -> bool {
         self.state_out.is_some_and(|out| {
@@ -403,24 +406,51 @@ impl Problem {
         if self.rows_out.is_none() && (self.rows_in.is_none() || !self.one_pool()) {
             return Ok(());
         }
-        // Rising rows, the usual case, need one look each; otherwise every pair is compared, without memory.
+        // Rising rows, the usual case, need one look each.
         let rising = (1..self.sequences).all(|b| self.row_out(b - 1) < self.row_out(b));
         let identity = (0..self.sequences).all(|b| self.row_in(b) == self.row_out(b));
         if rising && (identity || !self.one_pool()) {
             return Ok(());
         }
-        for b in 0..self.sequences {
-            let row = self.row_out(b);
-            for other in 0..self.sequences {
+        self.check_rows_meet_once()
+    }
+
+    /// Checks that no row is written twice, nor written by one sequence and read by another where the pool is one.
+    ///
+    /// The rows are gone through by windows, each with a bit a row on the stack, so that hundreds of sequences in any
+    /// order cost little and no memory is asked for. Windows without a written row are skipped.
+    fn check_rows_meet_once(&self) -> Result<()> {
+        const WINDOW: usize = 4096;
+        let meets = |b: usize, is: &dyn Fn(usize) -> bool| (0..self.sequences).find(|other| *other != b && is(*other));
+        let mut next = (0..self.sequences).map(|b| self.row_out(b)).min();
+        while let Some(first) = next {
+            next = None;
+            let mut written = [0u64; WINDOW / 64];
+            for b in 0..self.sequences {
+                let row = self.row_out(b);
+                match row.checked_sub(first) {
+                    Some(at) if at < WINDOW => {
+                        let bit = 1 << (at % 64);
+                        ensure!(
+                            written[at / 64] & bit == 0,
+                            Row,
+                            "rows_out[{b}] is {row}, as is rows_out[{}]; each sequence must write a row of its own",
+                            meets(b, &|other| self.row_out(other) == row).unwrap_or(b)
+                        );
+                        written[at / 64] |= bit;
+                    }
+                    Some(_) => next = Some(next.map_or(row, |least: usize| least.min(row))),
+                    None => (),
+                }
+            }
+            for b in (0..self.sequences).filter(|_| self.one_pool()) {
+                let row = self.row_in(b);
+                let Some(at) = row.checked_sub(first).filter(|at| *at < WINDOW) else { continue };
                 ensure!(
-                    other == b || self.row_out(other) != row,
+                    written[at / 64] & 1 << (at % 64) == 0 || self.row_out(b) == row,
                     Row,
-                    "rows_out[{b}] is {row}, as is rows_out[{other}]; each sequence must write a row of its own"
-                );
-                ensure!(
-                    other == b || !self.one_pool() || self.row_in(other) != row,
-                    Row,
-                    "rows_out[{b}] is {row}, which sequence {other} reads; in one pool, a row may be written only by its reader"
+                    "rows_out[{}] is {row}, which sequence {b} reads; in one pool, a row may be written only by its reader",
+                    meets(b, &|other| self.row_out(other) == row).unwrap_or(b)
                 );
             }
         }
@@ -526,8 +556,8 @@ impl Problem {
 fn choice<T: Copy + IntoCode>(name: &str, code: u32, values: &[T]) -> Result<T> {
     let found = values.iter().copied().find(|value| value.code() == code);
     found.ok_or_else(|| {
-        let known: Vec<u32> = values.iter().map(|value| value.code()).collect();
-        Error::new(Status::UnknownValue, format!("{name} is {code}; it must be one of {known:?}"))
+        let last = values.len() - 1;
+        Error::compose(Status::UnknownValue, format_args!("{name} is {code}; it must be from 0 to {last}"))
     })
 }
 
@@ -544,6 +574,11 @@ fn index(name: &str, tensor: &Tensor) -> Result<Option<Index>> {
     }
     let view = View::new(name, tensor, INDEX)?;
     ensure!(view.ne[1..] == [1, 1, 1], Shape, "{name}.ne is {:?}; it must be a vector, 1 along axes 1 to 3", tensor.ne);
+    ensure!(
+        view.ne[0] <= 1 || view.nb[0] > 0,
+        Stride,
+        "{name}.nb[0] is 0; it must be at least the element size: an index has an element for each sequence"
+    );
     ensure!(name != "cu_seqlens" || view.ne[0] > 0, Shape, "cu_seqlens.ne[0] is 0; it must be the sequences plus 1");
     Ok(Some(Index(view)))
 }

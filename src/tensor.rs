@@ -1,6 +1,6 @@
 //! Tensors as engines describe them (data, dtype, extents, byte strides) and the checked views made from them.
 
-use crate::error::{Result, ensure};
+use crate::error::{Error, Result, Status, ensure};
 use std::ffi::c_void;
 
 /// Element type of a tensor.
@@ -85,10 +85,8 @@ impl View {
     /// Checks everything about `tensor` that does not depend on other tensors.
     pub fn new(name: &str, tensor: &Tensor, allowed: &[Dtype]) -> Result<View> {
         let Some(dtype) = Dtype::from_code(tensor.dtype) else {
-            return Err(crate::error::Error::new(
-                crate::error::Status::Dtype,
-                format!("{name}.dtype is {}; it must be a deltanet_dtype", tensor.dtype),
-            ));
+            let words = format_args!("{name}.dtype is {}; it must be a deltanet_dtype", tensor.dtype);
+            return Err(Error::compose(Status::Dtype, words));
         };
         ensure!(allowed.contains(&dtype), Dtype, "{name}.dtype is {dtype:?}; it must be one of {allowed:?}");
         ensure!(tensor.reserved == 0, UnknownValue, "{name}.reserved is {}; it must be 0", tensor.reserved);

@@ -2,24 +2,50 @@
 
 use crate::error::{Error, Status};
 use std::cell::RefCell;
-use std::ffi::{CString, c_char};
+use std::ffi::c_char;
+use std::fmt::Write;
+
+/// Longest message, with its terminating zero.
+const LENGTH: usize = 512;
+
+/// A C string in place: nothing to allocate when memory is short, nothing to drop when the thread ends.
+struct Message([u8; LENGTH]);
 
 thread_local! {
-    static LAST: RefCell<CString> = RefCell::default();
+    static LAST: RefCell<Message> = const { RefCell::new(Message([0; LENGTH])) };
+}
+
+/// Appends to a message as long as there is room.
+struct Writer<'a> {
+    message: &'a mut Message,
+    length: usize,
+}
+
+impl Write for Writer<'_> {
+    fn write_str(&mut self, words: &str) -> std::fmt::Result {
+        for byte in words.bytes().take(LENGTH - 1 - self.length) {
+            self.message.0[self.length] = if byte == 0 { b' ' } else { byte };
+            self.length += 1;
+        }
+        self.message.0[self.length] = 0;
+        Ok(())
+    }
 }
 
 /// Keeps an error's message for [`deltanet_last_error`].
 pub(crate) fn remember(error: &Error) {
-    let words = format!("deltanet: {error}").replace('\0', " ");
     // Without thread-local storage (a thread on its way out) the status alone has to do.
-    let _ = LAST.try_with(|last| *last.borrow_mut() = CString::new(words).unwrap_or_default());
+    let _ = LAST.try_with(|last| {
+        let mut writer = Writer { message: &mut last.borrow_mut(), length: 0 };
+        let _ = write!(writer, "deltanet: {error}");
+    });
 }
 
 /// The message of this thread's last call that did not return `DELTANET_STATUS_OK`, empty before one. It names the
 /// argument, what it was and what it must be. Valid until this thread's next failing call; never null. Any thread.
 #[unsafe(no_mangle)]
 pub extern "C" fn deltanet_last_error() -> *const c_char {
-    LAST.try_with(|last| last.borrow().as_ptr()).unwrap_or(c"".as_ptr())
+    LAST.try_with(|last| last.borrow().0.as_ptr().cast()).unwrap_or(c"".as_ptr())
 }
 
 /// The name of a status, such as "SHAPE"; "UNKNOWN" for a number that is none. Static; never null. Any thread.

@@ -17,7 +17,7 @@ pub(crate) fn guard(body: impl FnOnce() -> Result<()>) -> Status {
             .map(String::as_str)
             .or_else(|| panic.downcast_ref::<&str>().copied())
             .unwrap_or("no message");
-        Err(Error::new(Status::Internal, format!("a defect in this library: {words}")))
+        Err(Error::compose(Status::Internal, format_args!("a defect in this library: {words}")))
     });
     match result {
         Ok(()) => Status::Ok,

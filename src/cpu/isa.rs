@@ -1,7 +1,7 @@
 //! Instruction sets: what the CPU has, and the cap that `DELTANET_ISA` puts on it.
 
 use crate::error::{Error, Result, Status};
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 /// An instruction set that the kernels are instantiated for, weakest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -60,17 +60,21 @@ impl Isa {
 
     /// The one in force: the best that the CPU has and `DELTANET_ISA` allows. The variable is read once.
     pub fn in_force() -> Result<Isa> {
-        static CAP: OnceLock<std::result::Result<Isa, String>> = OnceLock::new();
-        let cap = CAP.get_or_init(|| match std::env::var("DELTANET_ISA") {
-            Ok(name) if !name.is_empty() => Isa::from_name(&name).ok_or(name),
-            _ => Ok(Isa::Avx512),
-        });
-        match cap {
-            Ok(cap) => Ok(Isa::detected().min(*cap)),
-            Err(name) => Err(Error::new(
-                Status::UnknownValue,
-                format!("DELTANET_ISA is {name:?}; it must be scalar, avx2 or avx512"),
-            )),
+        // Not a OnceLock: a process that forks while another thread fills one in has a child that waits for ever.
+        static CAP: AtomicU8 = AtomicU8::new(UNREAD);
+        const UNREAD: u8 = 0xff;
+        const UNKNOWN: u8 = 0xfe;
+        let asked = || std::env::var("DELTANET_ISA").ok().filter(|name| !name.is_empty());
+        let mut cap = CAP.load(Ordering::Relaxed);
+        if cap == UNREAD {
+            cap = asked().map_or(Isa::Avx512 as u8, |name| Isa::from_name(&name).map_or(UNKNOWN, |isa| isa as u8));
+            CAP.store(cap, Ordering::Relaxed);
         }
+        let Some(cap) = Isa::ALL.into_iter().find(|isa| *isa as u8 == cap) else {
+            let name = asked().unwrap_or_default();
+            let words = format_args!("DELTANET_ISA is {name:?}; it must be scalar, avx2 or avx512");
+            return Err(Error::compose(Status::UnknownValue, words));
+        };
+        Ok(Isa::detected().min(cap))
     }
 }

@@ -4,6 +4,7 @@
 
 mod isa;
 mod kernels;
+mod pool;
 pub(crate) mod recurrent;
 mod rows;
 mod run;

@@ -1,11 +1,12 @@
 //! Running a plan: one part on the caller's thread, or all parts on a pool of ours.
 
 use super::kernels;
+use super::pool::{pool, processors};
 use crate::error::{Error, Result, Status, ensure};
 use crate::plan::{Plan, SCRATCH_ALIGN};
 use crate::problem::Problem;
 use std::mem::MaybeUninit;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 /// Largest number of threads or parts of one call.
 pub const MAX_THREADS: usize = 1024;
@@ -49,8 +50,7 @@ pub unsafe fn run_part(
 /// As for [`run_part`].
 pub unsafe fn run(problem: &Problem, plan: &Plan, threads: usize) -> Result<()> {
     ensure!(threads <= MAX_THREADS, Threads, "n_threads is {threads}; it must be at most {MAX_THREADS}");
-    let available = || std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = if threads == 0 { available() } else { threads }.min(plan.tasks()).max(1);
+    let threads = if threads == 0 { processors() } else { threads }.min(plan.tasks()).max(1);
     let mut scratch = Scratch::new(plan.scratch_size(), threads)?;
     if threads == 1 {
         // SAFETY: passed on.
@@ -79,43 +79,11 @@ impl Scratch {
         let mut memory = Vec::new();
         let total = size * parts;
         memory.try_reserve_exact(total).map_err(|_| {
-            Error::new(Status::OutOfMemory, format!("{total} bytes of scratch for {parts} threads could not be had"))
+            let words = format_args!("{total} bytes of scratch for {parts} threads could not be had");
+            Error::compose(Status::OutOfMemory, words)
         })?;
         // SAFETY: the capacity is there, and uninitialised bytes are valid MaybeUninit.
         unsafe { memory.set_len(total) };
         Ok(Scratch(memory))
     }
-}
-
-/// Thread counts that a process uses at a time; a host that tries many must not pile up idle threads.
-const POOLS: usize = 4;
-
-/// A pool of that many threads, from the few used last.
-fn pool(threads: usize) -> Result<Arc<rayon::ThreadPool>> {
-    struct Cached {
-        process: u32,
-        pools: Vec<Arc<rayon::ThreadPool>>,
-    }
-    static CACHE: Mutex<Cached> = Mutex::new(Cached { process: 0, pools: Vec::new() });
-    let mut cache = CACHE.lock().unwrap_or_else(PoisonError::into_inner);
-    // After a fork the pools' threads exist in the parent only; waiting for them, or dropping them, would hang.
-    let process = std::process::id();
-    if cache.process != process {
-        cache.pools.drain(..).for_each(std::mem::forget);
-        cache.process = process;
-    }
-    let cached = cache.pools.iter().position(|pool| pool.current_num_threads() == threads);
-    let pool = match cached {
-        Some(at) => cache.pools.remove(at),
-        None => {
-            let named = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("deltanet-{i}"));
-            let built = named.build();
-            Arc::new(built.map_err(|error| {
-                Error::new(Status::OutOfMemory, format!("a pool of {threads} threads could not be started: {error}"))
-            })?)
-        }
-    };
-    cache.pools.insert(0, Arc::clone(&pool));
-    cache.pools.truncate(POOLS);
-    Ok(pool)
 }

@@ -277,9 +277,11 @@ static void extents(void) {
     REFUSE(PLAIN | NO_SEQUENCES, p->v.ne[2] = INT64_MAX, SHAPE, "v.ne[2] (the number of tokens) is 9223372036854775807",
            "at most 2147483647");
     REFUSE(RAGGED | NO_TOKENS,
-           (p->state_out.data = NULL, p->cu_seqlens.nb[0] = 0, p->cu_seqlens.ne[0] = (int64_t) 1 << 60,
-            p->state_in.nb[3] = 0, p->state_in.ne[3] = ((int64_t) 1 << 60) - 1),
-           SHAPE, "cu_seqlens.ne[0] is 1152921504606846976", "at most 2147483647");
+           (p->state_out.data = NULL, p->cu_seqlens.ne[0] = (int64_t) 1 << 33, p->state_in.nb[3] = 0,
+            p->state_in.ne[3] = ((int64_t) 1 << 33) - 1),
+           SHAPE, "cu_seqlens.ne[0] is 8589934592", "at most 2147483647");
+    REFUSE(RAGGED, p->cu_seqlens.nb[0] = 0, STRIDE, "cu_seqlens.nb[0] is 0", "at least the element size");
+    REFUSE(POOL, p->rows_out.nb[0] = 0, STRIDE, "rows_out.nb[0] is 0", "at least the element size");
 }
 
 static void codes(void) {
@@ -296,12 +298,12 @@ static void codes(void) {
     REFUSE(POOL, p->rows_out.dtype = DELTANET_DTYPE_F16, DTYPE, "rows_out.dtype is F16", "I32, I64");
     REFUSE(RAGGED, p->cu_seqlens.dtype = DELTANET_DTYPE_BF16, DTYPE, "cu_seqlens.dtype is Bf16", "I32, I64");
     REFUSE(PLAIN, p->v.reserved = 1, UNKNOWN_VALUE, "v.reserved is 1", "must be 0");
-    REFUSE(PLAIN, p->head_map = 2, UNKNOWN_VALUE, "head_map is 2", "[0, 1]");
-    REFUSE(PLAIN, p->state_layout = 7, UNKNOWN_VALUE, "state_layout is 7", "[0, 1]");
-    REFUSE(PLAIN, p->beta_kind = UINT32_MAX, UNKNOWN_VALUE, "beta_kind is 4294967295", "[0, 1]");
-    REFUSE(PLAIN, p->snapshot_order = 2, UNKNOWN_VALUE, "snapshot_order is 2", "[0, 1]");
-    REFUSE(PLAIN, p->precision = 3, UNKNOWN_VALUE, "precision is 3", "[0, 1, 2]");
-    REFUSE(PLAIN, p->qk_norm = 2, UNKNOWN_VALUE, "qk_norm is 2", "[0, 1]");
+    REFUSE(PLAIN, p->head_map = 2, UNKNOWN_VALUE, "head_map is 2", "from 0 to 1");
+    REFUSE(PLAIN, p->state_layout = 7, UNKNOWN_VALUE, "state_layout is 7", "from 0 to 1");
+    REFUSE(PLAIN, p->beta_kind = UINT32_MAX, UNKNOWN_VALUE, "beta_kind is 4294967295", "from 0 to 1");
+    REFUSE(PLAIN, p->snapshot_order = 2, UNKNOWN_VALUE, "snapshot_order is 2", "from 0 to 1");
+    REFUSE(PLAIN, p->precision = 3, UNKNOWN_VALUE, "precision is 3", "from 0 to 2");
+    REFUSE(PLAIN, p->qk_norm = 2, UNKNOWN_VALUE, "qk_norm is 2", "from 0 to 1");
     REFUSE(PLAIN, p->scale = NAN, VALUE, "scale is NaN", "finite");
     REFUSE(PLAIN, p->scale = -INFINITY, VALUE, "scale is -inf", "finite");
     REFUSE(PLAIN, p->gate_max = INFINITY, VALUE, "gate_max is inf", "finite");
@@ -356,7 +358,7 @@ static void rows(void) {
     REFUSE(POOL, ((int64_t *) p->rows_out.data)[0] = INT64_MAX, ROW, "rows_out[0] is 9223372036854775807", "from 0 to 3");
     REFUSE(POOL, ((int64_t *) p->rows_out.data)[1] = (int64_t) 1 << 32, ROW, "rows_out[1] is 4294967296", "from 0 to 3");
     REFUSE(POOL, p->state_in.ne[3] = 0, ROW, "rows_in[0] is 3", "rows of the pool");
-    REFUSE(POOL, ((int64_t *) p->rows_out.data)[1] = 2, ROW, "rows_out[0] is 2", "rows_out[1]", "row of its own");
+    REFUSE(POOL, ((int64_t *) p->rows_out.data)[1] = 2, ROW, "rows_out[1] is 2", "rows_out[0]", "row of its own");
     /* One pool: row 1 is read by sequence 1 and written by sequence 0. */
     REFUSE(POOL, (p->state_out.data = p->state_in.data, ((int64_t *) p->rows_out.data)[0] = 1), ROW, "rows_out[0] is 1",
            "which sequence 1 reads", "only by its reader");

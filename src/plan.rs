@@ -3,7 +3,7 @@
 //! A plan depends on the problem and the instruction set alone, never on the number of threads, so that results have
 //! the same bits for any number.
 
-use crate::cpu::Isa;
+use crate::cpu::{Isa, chunked, pieces, recurrent};
 use crate::error::{Result, ensure};
 use crate::problem::Problem;
 use std::fmt;
@@ -12,7 +12,9 @@ use std::fmt;
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     isa: Isa,
-    columns: usize,
+    chunk: usize,
+    /// Tokens from which the chunked kernel is faster.
+    crossover: usize,
     tasks: usize,
     scratch: usize,
 }
@@ -31,12 +33,34 @@ impl Plan {
             Isa::detected().name()
         );
         let s = problem.head_size();
-        let columns = crate::cpu::recurrent::BLOCK.min(s);
         // Without anything to write, the counts may stand for no memory at all and be far too many to walk through.
         let heads = if problem.writes_nothing() { 0 } else { problem.sequences() * problem.value_heads() };
-        let tasks = heads * s.div_ceil(columns);
-        let scratch = crate::cpu::recurrent::scratch_floats(s) * size_of::<f32>() + SCRATCH_ALIGN;
-        Ok(Plan { isa, columns, tasks, scratch })
+        let tasks = heads * pieces::per_head(problem);
+        let chunked = !problem.channel_gate() && s <= chunked::MAX_HEAD_SIZE;
+        let (chunk, crossover) = match isa {
+            Isa::Scalar => (16, 16),
+            Isa::Avx2 => (24, 12),
+            Isa::Avx512 => (24, 12),
+        };
+        let chunk = if chunked { chunk } else { 0 };
+        let floats = recurrent::scratch_floats(s).max(if chunked { chunked::scratch_floats(s) } else { 0 });
+        Ok(Plan { isa, chunk, crossover, tasks, scratch: floats * size_of::<f32>() + SCRATCH_ALIGN })
+    }
+
+    /// How many of a sequence's tokens, from the first on, go through the chunked kernel.
+    pub(crate) fn chunked_tokens(&self, problem: &Problem, tokens: usize) -> usize {
+        let prefix = problem.snapshots.map_or(tokens, |snapshots| snapshots.first_token(tokens));
+        if self.chunk > 0 && prefix >= self.crossover { prefix } else { 0 }
+    }
+
+    /// Whether the longest sequence there can be has tokens that go through the chunked kernel.
+    pub fn is_chunked(&self, problem: &Problem) -> bool {
+        self.chunked_tokens(problem, problem.tokens()) > 0
+    }
+
+    /// Tokens of a chunk; 0 where every token goes through the recurrent kernel.
+    pub fn chunk(&self) -> usize {
+        self.chunk
     }
 
     /// The instruction set.
@@ -46,7 +70,7 @@ impl Plan {
 
     /// Value columns of one task.
     pub fn columns(&self) -> usize {
-        self.columns
+        pieces::PIECE
     }
 
     /// Independent pieces of work: (sequence, head, block of value columns). More threads than this do not help.
@@ -62,10 +86,15 @@ impl Plan {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Plan { isa, columns, tasks, scratch } = self;
+        let Plan { isa, chunk, crossover, tasks, scratch } = self;
+        match chunk {
+            0 => write!(f, "recurrent kernel")?,
+            _ => write!(f, "recurrent kernel below {crossover} tokens, chunked kernel by {chunk} tokens from there")?,
+        }
+        let columns = self.columns();
         write!(
             f,
-            "recurrent kernel, {}, blocks of {columns} value columns, {tasks} tasks, {scratch} bytes of scratch a thread",
+            ", {}, blocks of {columns} value columns, {tasks} tasks, {scratch} bytes of scratch a thread",
             isa.name()
         )
     }

@@ -83,6 +83,12 @@ impl Snapshots {
         })
     }
 
+    /// The first of `tokens` tokens whose state is kept, or `tokens`.
+    pub fn first_token(&self, tokens: usize) -> usize {
+        let kept = tokens.saturating_sub(self.skip);
+        if self.count == 0 || kept == 0 { tokens } else { kept.saturating_sub(self.count) }
+    }
+
     /// The view of one slot.
     #[inline]
     pub fn view(&self, slot: usize) -> StateView {

@@ -1,38 +1,60 @@
 //! The table of kernels: each algorithm instantiated for each instruction set.
 
 use super::isa::Isa;
-use super::recurrent;
 use super::simd;
+use super::{chunked, recurrent};
 use crate::problem::Problem;
 
-/// A kernel for one block of columns: (problem, sequence, head, first column, width, scratch).
-pub type Kernel = unsafe fn(&Problem, usize, usize, usize, usize, *mut f32);
+/// The kernels of an instruction set. Calling one needs a CPU that has the set, and what the algorithm asks for.
+#[derive(Clone, Copy)]
+pub struct Kernels {
+    pub recurrent: unsafe fn(&Problem, &recurrent::Run, *mut f32),
+    pub chunked: unsafe fn(&Problem, &chunked::Task, *mut f32),
+}
 
+/// Kernels named for dtype, algorithm and instruction set; then the vectors of 32 (or all that one lane gets) and of 16
+/// columns for the recurrent one, and of a wide and a narrow slab for the chunked one.
 macro_rules! instantiate {
-    ($name:ident, $($feature:literal)?, $simd:ty, $vectors:literal) => {
+    ($table:ident, $recurrent:ident, $chunked:ident, $($feature:literal)?, $simd:ty, [$nv:literal, $nh:literal], [$wide:literal, $narrow:literal]) => {
         $(#[target_feature(enable = $feature)])?
-        unsafe fn $name(p: &Problem, b: usize, head: usize, first: usize, width: usize, scratch: *mut f32) {
+        unsafe fn $recurrent(p: &Problem, run: &recurrent::Run, scratch: *mut f32) {
             // SAFETY: the caller's promises are those of the algorithm; the features are enabled here.
-            unsafe { recurrent::run::<$simd, $vectors>(p, b, head, first, width, scratch) }
+            unsafe { recurrent::run::<$simd, $nv, $nh>(p, run, scratch) }
         }
+
+        $(#[target_feature(enable = $feature)])?
+        unsafe fn $chunked(p: &Problem, task: &chunked::Task, scratch: *mut f32) {
+            // SAFETY: as above.
+            unsafe { chunked::run::<$simd, $wide, $narrow>(p, task, scratch) }
+        }
+
+        const $table: Kernels = Kernels { recurrent: $recurrent, chunked: $chunked };
     };
 }
 
-instantiate!(deltanet_f32_recurrent_scalar, , simd::Scalar, 16);
+instantiate!(SCALAR, deltanet_f32_recurrent_scalar, deltanet_f32_chunked_scalar, , simd::Scalar, [16, 16], [4, 4]);
 #[cfg(target_arch = "x86_64")]
-instantiate!(deltanet_f32_recurrent_avx2, "avx2,fma,f16c", simd::Avx2, 2);
+instantiate!(AVX2, deltanet_f32_recurrent_avx2, deltanet_f32_chunked_avx2, "avx2,fma,f16c", simd::Avx2, [4, 2], [2, 2]);
 #[cfg(target_arch = "x86_64")]
-instantiate!(deltanet_f32_recurrent_avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl", simd::Avx512, 1);
+instantiate!(
+    AVX512,
+    deltanet_f32_recurrent_avx512,
+    deltanet_f32_chunked_avx512,
+    "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl",
+    simd::Avx512,
+    [2, 1],
+    [2, 1]
+);
 
-/// The token-serial kernel of an instruction set. Calling it needs a CPU that has the set.
-pub fn recurrent(isa: Isa) -> Kernel {
+/// The kernels of an instruction set.
+pub fn of(isa: Isa) -> Kernels {
     match isa {
-        Isa::Scalar => deltanet_f32_recurrent_scalar,
+        Isa::Scalar => SCALAR,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => deltanet_f32_recurrent_avx2,
+        Isa::Avx2 => AVX2,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => deltanet_f32_recurrent_avx512,
+        Isa::Avx512 => AVX512,
         #[cfg(not(target_arch = "x86_64"))]
-        _ => deltanet_f32_recurrent_scalar,
+        _ => SCALAR,
     }
 }

@@ -2,13 +2,20 @@
 //!
 //! An algorithm is written once over [`simd::Simd`]; [`kernels`] instantiates it for each [`Isa`].
 
+#![allow(clippy::needless_range_loop, reason = "indices count registers: loops that the compiler must unroll whole")]
+
+pub(crate) mod chunked;
 mod isa;
 mod kernels;
+pub(crate) mod pieces;
 mod pool;
 pub(crate) mod recurrent;
 mod rows;
 mod run;
 mod simd;
+mod step;
+mod tile;
+mod token;
 
 pub use isa::Isa;
 pub use run::{MAX_THREADS, run, run_part};

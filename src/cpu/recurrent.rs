@@ -1,236 +1,245 @@
-//! The token-serial algorithm, with every option of the operator.
+//! The token-serial algorithm, with every option of the operator: decode, short prompts, gates per channel, snapshots.
 //!
-//! A task is one sequence, one value head and a block of value columns, whose state stays in scratch (L1) for all
-//! tokens. Columns do not depend on each other, and a column's arithmetic does not depend on the block it is in.
-
-#![allow(clippy::needless_range_loop, reason = "vector registers are indexed side by side")]
+//! Value columns do not depend on each other, and a column's arithmetic does not depend on the block it is in. Short
+//! runs read the caller's state once and write it once, with what lies between in L1; longer ones keep the state in
+//! scratch and visit it block by block.
 
 use super::rows::{Columns, load_row, store_row};
 use super::simd::Simd;
-use crate::params::BetaKind;
+use super::step::{self, Place};
+use super::token::{BATCH, Batch, Token};
 use crate::problem::{Problem, StateView};
+use std::ops::Range;
 
-/// Value columns of a task's block: 128 key channels of it are half of a 32 KiB L1.
-pub const BLOCK: usize = 32;
+/// Value columns that [`step::columns`] advances at a time.
+const BLOCK: usize = 32;
 
-/// Floats of scratch that a task needs.
-pub fn scratch_floats(head_size: usize) -> usize {
-    head_size * BLOCK + 5 * head_size + 2 * BLOCK
+/// Floats of state that a run keeps in scratch.
+const RESIDENT: usize = 1 << 16;
+
+/// Floats of scratch that a run needs.
+pub fn scratch_floats(s: usize) -> usize {
+    Batch::floats(s) + (s * s).min(RESIDENT).max(s * BLOCK)
 }
 
-/// Columns that one visit of the state keeps in registers; head sizes and blocks are multiples of it.
-const GROUP: usize = 16;
+/// Columns of one head of one sequence, and the tokens of it to run: up to the sequence's last.
+#[derive(Clone)]
+pub struct Run {
+    pub sequence: usize,
+    pub head: usize,
+    pub columns: Range<usize>,
+    pub tokens: Range<usize>,
+    /// The state before the first of the tokens, and its row.
+    pub source: (StateView, usize),
+}
 
-/// Runs columns `first .. first + width` of one sequence and head. `NV` is `GROUP / LANES`.
+/// How the states lie in memory.
+#[derive(PartialEq)]
+enum Layout {
+    /// Key channels contiguous everywhere.
+    Rows,
+    /// Value channels contiguous everywhere.
+    Columns,
+    Mixed,
+}
+
+fn layout(p: &Problem) -> Layout {
+    let all = |test: fn(&StateView) -> bool| {
+        test(&p.state_in) && p.state_out.iter().all(test) && p.snapshots.iter().all(|snapshots| test(&snapshots.slot0))
+    };
+    if all(|state| state.nb_k == 4) {
+        Layout::Rows
+    } else if all(|state| state.nb_v == 4) {
+        Layout::Columns
+    } else {
+        Layout::Mixed
+    }
+}
+
+/// Runs columns of one head. `NV` vectors are [`BLOCK`] columns (16 for one lane), `NH` are 16.
 ///
 /// # Safety
-/// The problem's memory is as described and nobody else touches what this task writes; `scratch` has room for
+/// The problem's memory is as described and nobody else touches what this run writes; `scratch` has room for
 /// [`scratch_floats`]; `S`'s features are there.
 #[inline(always)]
-pub unsafe fn run<S: Simd, const NV: usize>(
-    p: &Problem,
-    b: usize,
-    head: usize,
-    first: usize,
-    width: usize,
-    scratch: *mut f32,
-) {
-    const { assert!(NV * S::LANES == GROUP) };
-    let s = p.head_size();
-    let (qk_sequence, sequence) = p.tensor_sequences(b);
-    let range = p.token_range(b);
-    let key_head = p.key_head(head);
-    let columns = |state: &StateView, row| Columns::new(state, head, row, s, first, width);
-    // SAFETY: all pointers below are into scratch, within the sizes that scratch_floats adds up, or made by the rows
-    // helpers from indices below the problem's checked extents.
+pub unsafe fn run<S: Simd, const NV: usize, const NH: usize>(p: &Problem, run: &Run, scratch: *mut f32) {
+    const { assert!(NH * S::LANES == 16 && NV * S::LANES <= BLOCK) };
+    let in_memory = run.tokens.len() <= BATCH;
+    // SAFETY: passed on.
     unsafe {
-        let block = scratch;
-        let q = block.add(s * BLOCK);
-        let k = q.add(s);
-        let decayed_q = k.add(s);
-        let decayed_k = decayed_q.add(s);
-        let decay = decayed_k.add(s);
-        let value = decay.add(s);
-        let out = value.add(BLOCK);
+        match layout(p) {
+            // Rows are summed across lanes, a few at a time.
+            Layout::Rows if in_memory && S::LANES > 1 => direct::<S, AsRows>(p, run, scratch),
+            Layout::Columns if in_memory => direct::<S, AsColumns<NV, NH>>(p, run, scratch),
+            _ => {
+                let most = (RESIDENT / p.head_size()).max(BLOCK);
+                for first in run.columns.clone().step_by(most) {
+                    let columns = first..run.columns.end.min(first + most);
+                    resident::<S, NV, NH>(p, &Run { columns, ..run.clone() }, scratch);
+                }
+            }
+        }
+    }
+}
 
-        columns(&p.state_in, p.row_in(b)).load::<S>(block, BLOCK);
-        for t in range.clone() {
-            load_row::<S>(&p.q, 0, s, [key_head, t, qk_sequence], q);
-            load_row::<S>(&p.k, 0, s, [key_head, t, qk_sequence], k);
-            if let Some(eps) = p.qk_norm() {
-                normalise::<S>(q, s, eps);
-                normalise::<S>(k, s, eps);
+/// A step on a block of columns, by how they lie.
+trait Advance {
+    /// Columns of a block.
+    const WIDTH: usize;
+    /// Whether `pitch` goes from one value column to the next, and not from one key channel to the next.
+    const ROWS: bool;
+
+    /// # Safety
+    /// As for the step behind it, with `width` columns, a multiple of 16.
+    unsafe fn step<S: Simd>(
+        t: &Token,
+        from: Place,
+        to: Place,
+        value: *const f32,
+        out: *mut f32,
+        s: usize,
+        width: usize,
+    );
+}
+
+struct AsRows;
+
+impl Advance for AsRows {
+    const WIDTH: usize = step::ROWS;
+    const ROWS: bool = true;
+
+    #[inline(always)]
+    unsafe fn step<S: Simd>(t: &Token, from: Place, to: Place, value: *const f32, out: *mut f32, s: usize, _: usize) {
+        // SAFETY: passed on; the width is 16.
+        unsafe { step::rows::<S>(t, from, to, value, out, s) }
+    }
+}
+
+struct AsColumns<const NV: usize, const NH: usize>;
+
+impl<const NV: usize, const NH: usize> Advance for AsColumns<NV, NH> {
+    const WIDTH: usize = BLOCK;
+    const ROWS: bool = false;
+
+    #[inline(always)]
+    unsafe fn step<S: Simd>(
+        t: &Token,
+        from: Place,
+        to: Place,
+        value: *const f32,
+        out: *mut f32,
+        s: usize,
+        width: usize,
+    ) {
+        let right = |place: Place, at: usize| Place { at: place.at.wrapping_add(at), ..place };
+        let mut at = 0;
+        // SAFETY: passed on; the pieces lie inside the width.
+        unsafe {
+            while at + NV * S::LANES <= width {
+                step::columns::<S, NV>(t, right(from, at), right(to, at), value.add(at), out.add(at), s);
+                at += NV * S::LANES;
             }
-            load_decay::<S>(p, head, t, sequence, decay);
-            scale_rows::<S>(decay, q, decayed_q, s);
-            scale_rows::<S>(decay, k, decayed_k, s);
-            let kq = dot::<S>(k, q, s);
-            let beta = load_beta(p, head, t, sequence);
-            load_row::<S>(&p.v, first, width, [head, t, sequence], value);
-            let (scale, limit) = (p.scale(), p.state_clamp());
-            for column in (0..width).step_by(GROUP) {
-                let token = Token { k, decayed_q, decayed_k, decay, kq, beta, scale, limit };
-                token.step::<S, NV>(block.add(column), value.add(column), out.add(column), s);
+            while at < width {
+                step::columns::<S, NH>(t, right(from, at), right(to, at), value.add(at), out.add(at), s);
+                at += NH * S::LANES;
             }
-            store_row::<S>(&p.out, first, width, [head, t, sequence], out);
-            if let Some(snapshots) = &p.snapshots
-                && let Some(slot) = snapshots.slot(t - range.start, range.len())
-            {
-                columns(&snapshots.view(slot), b).store::<S>(block, BLOCK);
+        }
+    }
+}
+
+/// Runs at most [`BATCH`] tokens from memory to memory, block by block: the first token reads the source,
+/// each one with a snapshot writes its slot, the last one the destination, all others scratch.
+///
+/// # Safety
+/// As for [`run`]; all states lie as the step needs them.
+#[inline(always)]
+unsafe fn direct<S: Simd, A: Advance>(p: &Problem, run: &Run, scratch: *mut f32) {
+    let s = p.head_size();
+    let Run { sequence: b, head, .. } = *run;
+    let (_, sequence) = p.tensor_sequences(b);
+    let range = p.token_range(b);
+    let place = |(view, row): (StateView, usize), column: usize| Place {
+        at: view.head(head, row).wrapping_byte_add(column * view.nb_v),
+        pitch: if A::ROWS { view.nb_v } else { view.nb_k } / 4,
+    };
+    let slot = |t: usize| p.snapshots.and_then(|kept| kept.slot(t, range.len()).map(|slot| (kept.view(slot), b)));
+    let destination = p.state_out.map(|view| (view, p.row_out(b)));
+    let batch = Batch::new(scratch, s);
+    // SAFETY: the batch holds the tokens; places are columns of states inside the problem's, or scratch behind the
+    // batch, which has room for BLOCK columns; value and out have room for BLOCK.
+    unsafe {
+        let between = Place { at: scratch.add(Batch::floats(s)), pitch: if A::ROWS { s } else { A::WIDTH } };
+        batch.prepare::<S>(p, b, head, range.start + run.tokens.start, run.tokens.len());
+        for column in run.columns.clone().step_by(A::WIDTH) {
+            let width = A::WIDTH.min(run.columns.end - column);
+            let mut state = place(run.source, column);
+            for t in run.tokens.clone() {
+                let (mut value, mut out) = ([0.0; BLOCK], [0.0; BLOCK]);
+                let at = [head, range.start + t, sequence];
+                load_row::<S>(&p.v, column, width, at, value.as_mut_ptr());
+                let last = if t + 1 == range.len() { destination } else { None };
+                let to = slot(t).or(last).map_or(between, |state| place(state, column));
+                let token = batch.token(p, t - run.tokens.start);
+                A::step::<S>(&token, state, to, value.as_ptr(), out.as_mut_ptr(), s, width);
+                state = to;
+                store_row::<S>(&p.out, column, width, at, out.as_ptr());
+            }
+            if let Some(destination) = destination {
+                let to = place(destination, column);
+                let (count, length) = if A::ROWS { (width, s) } else { (s, width) };
+                // Only without tokens, or where the last state has a slot too, is it not there yet.
+                for i in 0..if state.at == to.at { 0 } else { count } {
+                    std::ptr::copy(state.at.add(i * state.pitch), to.at.add(i * to.pitch), length);
+                }
+            }
+        }
+    }
+}
+
+/// Runs any number of tokens with the columns' state in scratch.
+///
+/// # Safety
+/// As for [`run`]; at most [`RESIDENT`] floats of state, or [`BLOCK`] columns.
+#[inline(always)]
+unsafe fn resident<S: Simd, const NV: usize, const NH: usize>(p: &Problem, run: &Run, scratch: *mut f32) {
+    let s = p.head_size();
+    let Run { sequence: b, head, .. } = *run;
+    let (_, sequence) = p.tensor_sequences(b);
+    let range = p.token_range(b);
+    let batch = Batch::new(scratch, s);
+    let blocks = || run.columns.clone().step_by(BLOCK).map(|first| (first, BLOCK.min(run.columns.end - first)));
+    // SAFETY: the blocks lie behind the batch, `s` rows of at most BLOCK columns each; the rest as in `direct`.
+    unsafe {
+        let states = scratch.add(Batch::floats(s));
+        let block = |first: usize| states.add((first - run.columns.start) * s);
+        let columns_of = |view: &StateView, row, first, width| Columns::new(view, head, row, s, first, width);
+        for (first, width) in blocks() {
+            columns_of(&run.source.0, run.source.1, first, width).load::<S>(block(first), width);
+        }
+        for start in run.tokens.clone().step_by(BATCH) {
+            let count = BATCH.min(run.tokens.end - start);
+            batch.prepare::<S>(p, b, head, range.start + start, count);
+            for (first, width) in blocks() {
+                let place = Place { at: block(first), pitch: width };
+                for t in start..start + count {
+                    let (mut value, mut out) = ([0.0; BLOCK], [0.0; BLOCK]);
+                    let at = [head, range.start + t, sequence];
+                    load_row::<S>(&p.v, first, width, at, value.as_mut_ptr());
+                    let token = batch.token(p, t - start);
+                    AsColumns::<NV, NH>::step::<S>(&token, place, place, value.as_ptr(), out.as_mut_ptr(), s, width);
+                    store_row::<S>(&p.out, first, width, at, out.as_ptr());
+                    if let Some(kept) = &p.snapshots
+                        && let Some(slot) = kept.slot(t, range.len())
+                    {
+                        columns_of(&kept.view(slot), b, first, width).store::<S>(place.at, width);
+                    }
+                }
             }
         }
         if let Some(state_out) = &p.state_out {
-            columns(state_out, p.row_out(b)).store::<S>(block, BLOCK);
-        }
-    }
-}
-
-/// One token's inputs, in scratch.
-struct Token {
-    k: *const f32,
-    decayed_q: *const f32,
-    decayed_k: *const f32,
-    decay: *const f32,
-    kq: f32,
-    beta: f32,
-    scale: f32,
-    limit: f32,
-}
-
-impl Token {
-    /// Advances `GROUP` columns by one token.
-    ///
-    /// Both products need only the old state, since S'^T q = (decay S)^T q + delta (k.q), so the state is read once
-    /// for them and once to be updated. A clamp does not disturb that: it applies to the state that is kept, not to the
-    /// token's output.
-    ///
-    /// # Safety
-    /// The rows hold `s` floats, `block` `s` rows of `BLOCK`, `value` and `out` `GROUP`.
-    #[inline(always)]
-    unsafe fn step<S: Simd, const NV: usize>(&self, block: *mut f32, value: *const f32, out: *mut f32, s: usize) {
-        // SAFETY: i < s and v < NV keep every access inside what the caller promises.
-        unsafe {
-            let at = |i: usize, v: usize| block.add(i * BLOCK + v * S::LANES);
-            let clamps = self.limit != f32::INFINITY;
-            let mut predicted = [S::splat(0.0); NV];
-            let mut recalled = [S::splat(0.0); NV];
-            for i in 0..s {
-                let (k, q) = (S::splat(*self.decayed_k.add(i)), S::splat(*self.decayed_q.add(i)));
-                for v in 0..NV {
-                    let state = S::load(at(i, v));
-                    predicted[v] = S::fma(state, k, predicted[v]);
-                    recalled[v] = S::fma(state, q, recalled[v]);
-                }
+            for (first, width) in blocks() {
+                columns_of(state_out, p.row_out(b), first, width).store::<S>(block(first), width);
             }
-            let mut delta = [S::splat(0.0); NV];
-            for v in 0..NV {
-                let error = S::sub(S::load(value.add(v * S::LANES)), predicted[v]);
-                delta[v] = S::mul(S::splat(self.beta), error);
-                recalled[v] = S::fma(delta[v], S::splat(self.kq), recalled[v]);
-            }
-            let (low, high) = (S::splat(-self.limit), S::splat(self.limit));
-            for i in 0..s {
-                let (decay, k) = (S::splat(*self.decay.add(i)), S::splat(*self.k.add(i)));
-                for v in 0..NV {
-                    let state = S::fma(delta[v], k, S::mul(decay, S::load(at(i, v))));
-                    // The limit comes first, so that a NaN state stays one.
-                    let clamped = if clamps { S::max(low, S::min(high, state)) } else { state };
-                    S::store(at(i, v), clamped);
-                }
-            }
-            for v in 0..NV {
-                S::store(out.add(v * S::LANES), S::mul(S::splat(self.scale), recalled[v]));
-            }
-        }
-    }
-}
-
-/// exp of the clamped gate: one value repeated, or one a key channel.
-///
-/// # Safety
-/// The indices are inside g, and `decay` has room for a head's channels.
-#[inline(always)]
-unsafe fn load_decay<S: Simd>(p: &Problem, head: usize, t: usize, sequence: usize, decay: *mut f32) {
-    let s = p.head_size();
-    // SAFETY: as promised; accesses stay below s, a multiple of LANES.
-    unsafe {
-        let channels = if p.channel_gate() { s } else { S::LANES };
-        if p.channel_gate() {
-            load_row::<S>(&p.g, 0, s, [head, t, sequence], decay);
-        } else {
-            let mut g = 0.0;
-            load_row::<S>(&p.g, 0, 1, [head, t, sequence], &raw mut g);
-            S::store(decay, S::splat(g));
-        }
-        for i in (0..channels).step_by(S::LANES) {
-            S::store(decay.add(i), S::exp(S::min(S::splat(p.gate_max()), S::load(decay.add(i)))));
-        }
-        if !p.channel_gate() {
-            let all = S::load(decay);
-            for i in (0..s).step_by(S::LANES) {
-                S::store(decay.add(i), all);
-            }
-        }
-    }
-}
-
-/// beta, through the sigmoid if it is a logit.
-///
-/// # Safety
-/// The indices are inside beta.
-#[inline(always)]
-unsafe fn load_beta(p: &Problem, head: usize, t: usize, sequence: usize) -> f32 {
-    // SAFETY: passed on; beta is f32.
-    let beta = unsafe { p.beta.at([0, head, t, sequence]).cast::<f32>().read() };
-    match p.beta_kind() {
-        BetaKind::Value => beta,
-        BetaKind::Logit => 1.0 / (1.0 + (-beta).exp()),
-    }
-}
-
-/// The dot product of two rows.
-///
-/// # Safety
-/// Both hold `n` floats, a multiple of LANES.
-#[inline(always)]
-unsafe fn dot<S: Simd>(a: *const f32, b: *const f32, n: usize) -> f32 {
-    // SAFETY: as promised; `lanes` has room for any LANES.
-    unsafe {
-        let mut sum = S::splat(0.0);
-        for i in (0..n).step_by(S::LANES) {
-            sum = S::fma(S::load(a.add(i)), S::load(b.add(i)), sum);
-        }
-        let mut lanes = [0.0; super::simd::MAX_LANES];
-        S::store(lanes.as_mut_ptr(), sum);
-        lanes.iter().sum()
-    }
-}
-
-/// x / sqrt(sum(x^2) + eps), in place.
-///
-/// # Safety
-/// The row holds `n` floats, a multiple of LANES.
-#[inline(always)]
-unsafe fn normalise<S: Simd>(row: *mut f32, n: usize, eps: f32) {
-    // SAFETY: as promised.
-    unsafe {
-        let factor = S::splat(1.0 / (dot::<S>(row, row, n) + eps).sqrt());
-        for i in (0..n).step_by(S::LANES) {
-            S::store(row.add(i), S::mul(factor, S::load(row.add(i))));
-        }
-    }
-}
-
-/// to = a * b, element by element.
-///
-/// # Safety
-/// All hold `n` floats, a multiple of LANES.
-#[inline(always)]
-unsafe fn scale_rows<S: Simd>(a: *const f32, b: *const f32, to: *mut f32, n: usize) {
-    // SAFETY: as promised.
-    unsafe {
-        for i in (0..n).step_by(S::LANES) {
-            S::store(to.add(i), S::mul(S::load(a.add(i)), S::load(b.add(i))));
         }
     }
 }

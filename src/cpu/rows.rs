@@ -50,11 +50,12 @@ pub unsafe fn store_row<S: Simd>(view: &View, channel: usize, n: usize, at: [usi
     // SAFETY: as in load_row.
     unsafe {
         let mut i = 0;
-        if nb == view.dtype.size() && view.dtype != Dtype::Bf16 {
+        if nb == view.dtype.size() {
             while i + S::LANES <= n {
                 let v = S::load(from.add(i));
                 match view.dtype {
                     Dtype::F16 => S::store_f16(to.cast::<u16>().add(i), v),
+                    Dtype::Bf16 => S::store_bf16(to.cast::<u16>().add(i), v),
                     _ => S::store(to.cast::<f32>().add(i), v),
                 }
                 i += S::LANES;

@@ -1,11 +1,12 @@
 //! Running a plan: one part on the caller's thread, or all parts on a pool of ours.
 
-use super::kernels;
 use super::pool::{pool, processors};
+use super::{chunked, kernels, pieces, recurrent};
 use crate::error::{Error, Result, Status, ensure};
 use crate::plan::{Plan, SCRATCH_ALIGN};
 use crate::problem::Problem;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// Largest number of threads or parts of one call.
@@ -30,17 +31,55 @@ pub unsafe fn run_part(
     ensure!(scratch.len() >= needed, Scratch, "scratch_size is {}; it must be at least {needed}", scratch.len());
     let scratch = scratch.as_mut_ptr();
     let scratch = scratch.wrapping_add(scratch.align_offset(SCRATCH_ALIGN)).cast::<f32>();
-    let kernel = kernels::recurrent(plan.isa());
-    let s = problem.head_size();
-    let (heads, blocks) = (problem.value_heads(), s.div_ceil(plan.columns()));
+    let per_key_head = pieces::per_key_head(problem);
     let split = |part: usize| (plan.tasks() as u128 * part as u128 / nth as u128) as usize;
-    for task in split(ith)..split(ith + 1) {
-        let (b, head, first) = (task / blocks / heads, task / blocks % heads, task % blocks * plan.columns());
-        // SAFETY: the caller vouches for the memory; tasks write to disjoint columns; the plan checked the CPU and
+    let (mut next, end) = (split(ith), split(ith + 1));
+    while next < end {
+        let group = next / per_key_head;
+        let last = ((group + 1) * per_key_head).min(end);
+        let (sequence, key_head) = (group / problem.key_heads(), group % problem.key_heads());
+        let first = group * per_key_head;
+        // SAFETY: the caller vouches for the memory; pieces write to disjoint columns; the plan checked the CPU and
         // sized the scratch, alignment included.
-        unsafe { kernel(problem, b, head, first, plan.columns().min(s - first), scratch) };
+        unsafe { run_pieces(problem, plan, sequence, key_head, next - first..last - first, scratch) };
+        next = last;
     }
     Ok(())
+}
+
+/// Runs pieces of one sequence and key head: as many tokens as the plan says by the chunked kernel, the rest (all, or
+/// those whose states are kept) by the recurrent one.
+///
+/// # Safety
+/// As for [`run_part`], with scratch as the plan wants it.
+unsafe fn run_pieces(p: &Problem, plan: &Plan, b: usize, key_head: usize, pieces: Range<usize>, scratch: *mut f32) {
+    let kernels = kernels::of(plan.isa());
+    let tokens = p.token_range(b).len();
+    let prefix = plan.chunked_tokens(p, tokens);
+    let mut source = (p.state_in, p.row_in(b));
+    let mut destination = p.state_out.map(|state| (state, p.row_out(b)));
+    if prefix > 0 {
+        if destination.is_none() && prefix < tokens {
+            // The slot of the first state that is kept carries the state over to its token.
+            destination = p.snapshots.and_then(|kept| kept.slot(prefix, tokens).map(|slot| (kept.view(slot), b)));
+        }
+        for first in pieces.clone().step_by(chunked::most_pieces(p.head_size())) {
+            let pieces = first..pieces.end.min(first + chunked::most_pieces(p.head_size()));
+            let task =
+                chunked::Task { sequence: b, key_head, pieces, tokens: prefix, chunk: plan.chunk(), destination };
+            // SAFETY: passed on; the plan allows the kernel for this problem.
+            unsafe { (kernels.chunked)(p, &task, scratch) };
+        }
+        if prefix == tokens {
+            return;
+        }
+        source = destination.unwrap_or(source);
+    }
+    for (head, _, columns) in pieces::by_head(p, key_head, pieces) {
+        let run = recurrent::Run { sequence: b, head, columns, tokens: prefix..tokens, source };
+        // SAFETY: passed on.
+        unsafe { (kernels.recurrent)(p, &run, scratch) };
+    }
 }
 
 /// Runs the whole problem on a pool of `threads` threads of our own (0: as many as there are processors), or on this

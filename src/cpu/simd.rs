@@ -19,13 +19,13 @@ pub const MAX_LANES: usize = 16;
 /// # Safety
 /// Every method may be called only where the CPU has the instance's features, and pointers must be valid for LANES
 /// elements (no alignment asked for).
-#[allow(dead_code, reason = "the chunked algorithm uses the rest")]
 pub trait Simd: Copy + 'static {
     type V: Copy;
     const LANES: usize;
-    /// Rows of a matrix-product register tile; its width is `TILE_VECS` vectors.
+    /// Rows of a matrix-product register tile.
     const TILE_ROWS: usize;
-    const TILE_VECS: usize;
+    /// Sums that a column's dot product is split into, so that enough of them are under way at a time.
+    const CHAINS: usize;
 
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(p: *const f32) -> Self::V;
@@ -51,6 +51,7 @@ pub trait Simd: Copy + 'static {
     unsafe fn load_f16(p: *const u16) -> Self::V;
     unsafe fn load_bf16(p: *const u16) -> Self::V;
     unsafe fn store_f16(p: *mut u16, v: Self::V);
+    unsafe fn store_bf16(p: *mut u16, v: Self::V);
 
     /// e^x, about 1 ulp; 0 below -104, infinity above 88.8, NaN for NaN.
     #[inline(always)]
@@ -83,7 +84,7 @@ impl Simd for Scalar {
     type V = f32;
     const LANES: usize = 1;
     const TILE_ROWS: usize = 4;
-    const TILE_VECS: usize = 4;
+    const CHAINS: usize = 1;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> f32 {
@@ -153,6 +154,10 @@ impl Simd for Scalar {
     unsafe fn store_f16(p: *mut u16, v: f32) {
         p.write(half::f16::from_f32(v).to_bits())
     }
+    #[inline(always)]
+    unsafe fn store_bf16(p: *mut u16, v: f32) {
+        p.write(half::bf16::from_f32(v).to_bits())
+    }
     // libm's is more accurate than the polynomial, and as fast here.
     #[inline(always)]
     unsafe fn exp(x: f32) -> f32 {
@@ -168,7 +173,7 @@ impl Simd for Avx2 {
     type V = __m256;
     const LANES: usize = 8;
     const TILE_ROWS: usize = 6;
-    const TILE_VECS: usize = 2;
+    const CHAINS: usize = 1;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m256 {
@@ -270,6 +275,20 @@ impl Simd for Avx2 {
     unsafe fn store_f16(p: *mut u16, v: __m256) {
         _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v))
     }
+    #[inline(always)]
+    unsafe fn store_bf16(p: *mut u16, v: __m256) {
+        let bits = _mm256_castps_si256(v);
+        let top = _mm256_srli_epi32::<16>(bits);
+        let odd = _mm256_and_si256(top, _mm256_set1_epi32(1));
+        let even = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+        let rounded = _mm256_srli_epi32::<16>(even);
+        // Rounding could carry a NaN into infinity: NaNs are cut instead, and made quiet.
+        let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+        let quiet = _mm256_or_si256(top, _mm256_set1_epi32(0x40));
+        let r = _mm256_blendv_epi8(rounded, quiet, nan);
+        let r = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(r, r));
+        _mm_storeu_si128(p.cast(), _mm256_castsi256_si128(r))
+    }
 }
 
 /// AVX-512, 16 lanes.
@@ -280,7 +299,7 @@ impl Simd for Avx512 {
     type V = __m512;
     const LANES: usize = 16;
     const TILE_ROWS: usize = 12;
-    const TILE_VECS: usize = 2;
+    const CHAINS: usize = 2;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
@@ -362,5 +381,17 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn store_f16(p: *mut u16, v: __m512) {
         _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v))
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(p: *mut u16, v: __m512) {
+        let bits = _mm512_castps_si512(v);
+        let top = _mm512_srli_epi32::<16>(bits);
+        let odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
+        let even = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        let rounded = _mm512_srli_epi32::<16>(even);
+        // As in the AVX2 instance.
+        let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+        let r = _mm512_mask_or_epi32(rounded, nan, top, _mm512_set1_epi32(0x40));
+        _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(r))
     }
 }

@@ -1,0 +1,612 @@
+//! The chunked (WY) algorithm for a scalar gate: a chunk's tokens become matrix products at nearly the FMA peak.
+//!
+//! With G the running log-decay inside a chunk, S the state before it and D_ij = exp(G_i - G_j) for i >= j:
+//!
+//! ```text
+//! (I + L) U = beta (V - exp(G) K S)         L_ij = beta_i D_ij (k_i . k_j), i > j
+//! O  = scale (exp(G) Q S + P U)             P_ij = D_ij (q_i . k_j), i >= j
+//! S' = exp(G_end) S + K^T (exp(G_end - G) U)
+//! ```
+//!
+//! K K^T and Q K^T serve all value heads of a key head. A slab of value columns goes through K S, the forward
+//! substitution, Q S and P U one register tile of tokens at a time, so that nothing between is stored but U.
+
+use super::pieces::{PIECE, by_head, locate};
+use super::rows::{Columns, load_row, store_row};
+use super::simd::Simd;
+use super::step::{self, Place};
+use super::tile::{Left, Tile, product, tiles};
+use super::token::{Batch, load_beta, normalise};
+use crate::problem::{Problem, StateView};
+use std::ops::Range;
+
+/// Largest chunk, in tokens; also the floats between rows of the chunk's square matrices.
+pub const MAX_CHUNK: usize = 64;
+
+/// Largest head size.
+pub const MAX_HEAD_SIZE: usize = 256;
+
+/// Floats between the copied rows of K, Q, V and O: constant, so that a tile's rows are reached by displacements, and
+/// no multiple of 4 KiB, so that they do not share cache sets.
+const PITCH: usize = MAX_HEAD_SIZE + 16;
+
+/// Floats of state that a task may keep in scratch.
+const RESIDENT: usize = 1 << 16;
+
+/// Pieces of one key head that a task may have.
+pub fn most_pieces(s: usize) -> usize {
+    (RESIDENT / (s * PIECE)).max(1)
+}
+
+/// Where everything is in scratch, in floats from its start.
+#[derive(Clone, Copy)]
+struct Scratch {
+    k: usize,
+    q: usize,
+    /// V of the current head, overwritten by O.
+    v: usize,
+    /// K transposed: [channel][token].
+    kt: usize,
+    kk: usize,
+    qk: usize,
+    l: usize,
+    p: usize,
+    u: usize,
+    u_end: usize,
+    vectors: usize,
+    token: usize,
+    states: usize,
+    total: usize,
+}
+
+impl Scratch {
+    fn new(s: usize) -> Scratch {
+        let mut total = 0;
+        let mut take = |floats: usize| {
+            total += floats.next_multiple_of(16);
+            total - floats.next_multiple_of(16)
+        };
+        let square = MAX_CHUNK * MAX_CHUNK;
+        let (k, q, v) = (take(MAX_CHUNK * PITCH), take(MAX_CHUNK * PITCH), take(MAX_CHUNK * PITCH));
+        let (kt, kk, qk, l, p) = (take(MAX_CHUNK * s), take(square), take(square), take(square), take(square));
+        let (u, u_end, vectors) = (take(MAX_CHUNK * PIECE), take(MAX_CHUNK * PIECE), take(8 * MAX_CHUNK));
+        let token = take(Batch::floats(s));
+        let states = take(most_pieces(s) * s * PIECE);
+        Scratch { k, q, v, kt, kk, qk, l, p, u, u_end, vectors, token, states, total }
+    }
+}
+
+/// Floats of scratch that a task needs.
+pub fn scratch_floats(s: usize) -> usize {
+    Scratch::new(s).total
+}
+
+/// One sequence and key head, some pieces of its value heads, and the tokens to run.
+pub struct Task {
+    pub sequence: usize,
+    pub key_head: usize,
+    /// At most [`most_pieces`].
+    pub pieces: Range<usize>,
+    /// From the sequence's first token on; at least one.
+    pub tokens: usize,
+    /// Tokens of a chunk, at most [`MAX_CHUNK`].
+    pub chunk: usize,
+    /// Where the state after the last of the tokens goes.
+    pub destination: Option<(StateView, usize)>,
+}
+
+/// What a chunk's rows of one value head are multiplied with.
+struct Gates {
+    beta: *mut f32,
+    /// beta exp(G)
+    beta_decay: *mut f32,
+    /// scale exp(G)
+    q_decay: *mut f32,
+    /// exp(G_end - G)
+    to_end: *mut f32,
+    /// exp(G_end)
+    whole: f32,
+    /// Bounds for the clamp check: the largest exp(G_t - G_i), and every key's largest channel.
+    growth: f32,
+    k_max: *mut f32,
+}
+
+/// Runs a task. A slab is `NV` vectors of columns, or `NH` where 16 columns are left.
+///
+/// # Safety
+/// The problem has a scalar gate and a head size up to [`MAX_HEAD_SIZE`]; its memory is as described and nobody else
+/// touches what the task writes; `scratch` has room for [`scratch_floats`]; `S`'s features are there.
+#[inline(always)]
+pub unsafe fn run<S: Simd, const NV: usize, const NH: usize>(p: &Problem, task: &Task, scratch: *mut f32) {
+    // SAFETY: passed on. Every pointer below is into scratch, in the parts that `Scratch` lays out for MAX_CHUNK
+    // tokens, or made from indices below the problem's checked extents.
+    unsafe {
+        let s = p.head_size();
+        let at = Scratch::new(s);
+        let start = p.token_range(task.sequence).start;
+        let pieces = || task.pieces.clone().map(|piece| (piece - task.pieces.start, locate(p, task.key_head, piece)));
+        let state = |index: usize| scratch.add(at.states + index * s * PIECE);
+        for (index, (head, columns)) in pieces() {
+            let row = p.row_in(task.sequence);
+            for_slabs::<S, NV, NH>(&columns, |offset, width| {
+                let first = columns.start + offset;
+                Columns::new(&p.state_in, head, row, s, first, width).load::<S>(state(index).add(offset * s), width)
+            });
+        }
+        // Chunks of nearly the same length, in whole tiles as far as it goes.
+        let count = task.tokens.div_ceil(task.chunk);
+        let length = task.tokens.div_ceil(count).next_multiple_of(S::TILE_ROWS).min(task.chunk);
+        for first in (0..task.tokens).step_by(length) {
+            let length = length.min(task.tokens - first);
+            let t = start + first;
+            load_keys::<S>(p, task, t, length, scratch, &at);
+            for (head, pieces, columns) in by_head(p, task.key_head, task.pieces.clone()) {
+                let state = state(pieces.start - task.pieces.start);
+                head_chunk::<S, NV, NH>(p, task, head, columns, t, length, state, scratch, &at);
+            }
+        }
+        if let Some((view, row)) = &task.destination {
+            for (index, (head, columns)) in pieces() {
+                for_slabs::<S, NV, NH>(&columns, |offset, width| {
+                    let first = columns.start + offset;
+                    Columns::new(view, head, *row, s, first, width).store::<S>(state(index).add(offset * s), width)
+                });
+            }
+        }
+    }
+}
+
+/// Visits a piece's slabs: (first column inside the piece, columns).
+#[inline(always)]
+fn for_slabs<S: Simd, const NV: usize, const NH: usize>(columns: &Range<usize>, mut visit: impl FnMut(usize, usize)) {
+    let (wide, narrow) = (NV * S::LANES, NH * S::LANES);
+    let slab = if columns.len().is_multiple_of(wide) { wide } else { narrow };
+    for offset in (0..columns.len()).step_by(slab) {
+        visit(offset, slab);
+    }
+}
+
+/// Copies a chunk's K and Q to scratch and multiplies them: K K^T and Q K^T, lower triangles.
+///
+/// # Safety
+/// As for [`run`]; `length` tokens from `t` on exist.
+#[inline(always)]
+unsafe fn load_keys<S: Simd>(p: &Problem, task: &Task, t: usize, length: usize, scratch: *mut f32, at: &Scratch) {
+    let s = p.head_size();
+    let (qk_sequence, _) = p.tensor_sequences(task.sequence);
+    // SAFETY: as in `run`.
+    unsafe {
+        let (k, q, kt) = (scratch.add(at.k), scratch.add(at.q), scratch.add(at.kt));
+        for (view, rows) in [(&p.k, k), (&p.q, q)] {
+            for i in 0..length {
+                let row = rows.add(i * PITCH);
+                load_row::<S>(view, 0, s, [task.key_head, t + i, qk_sequence], row);
+                if let Some(eps) = p.qk_norm() {
+                    normalise::<S>(row, s, eps);
+                }
+            }
+        }
+        let padded = length.next_multiple_of(S::LANES);
+        for i in length..padded {
+            for channel in (0..s).step_by(S::LANES) {
+                S::store(k.add(i * PITCH + channel), S::splat(0.0));
+            }
+        }
+        for i in (0..padded).step_by(S::LANES) {
+            for channel in (0..s).step_by(S::LANES) {
+                S::transpose(k.add(i * PITCH + channel), PITCH, kt.add(channel * MAX_CHUNK + i), MAX_CHUNK);
+            }
+        }
+        let (kk, qk) = (scratch.add(at.kk), scratch.add(at.qk));
+        tiles!(S, length, i, MR, {
+            for j in (0..i + MR).step_by(S::LANES) {
+                grams::<S, MR>(
+                    s,
+                    k.add(i * PITCH),
+                    q.add(i * PITCH),
+                    kt.add(j),
+                    [kk, qk].map(|m| m.add(i * MAX_CHUNK + j)),
+                );
+            }
+        });
+    }
+}
+
+/// `MR` rows of K K^T and of Q K^T, one vector of columns: both in one pass, for enough sums under way.
+///
+/// # Safety
+/// As for [`run`].
+#[inline(always)]
+unsafe fn grams<S: Simd, const MR: usize>(s: usize, k: *const f32, q: *const f32, kt: *const f32, to: [*mut f32; 2]) {
+    // SAFETY: rows and channels are inside the chunk's.
+    unsafe {
+        let mut kk = [S::splat(0.0); MR];
+        let mut qk = [S::splat(0.0); MR];
+        for channel in 0..s {
+            let right = S::load(kt.add(channel * MAX_CHUNK));
+            for r in 0..MR {
+                kk[r] = S::fma(S::splat(*k.add(r * PITCH + channel)), right, kk[r]);
+            }
+            for r in 0..MR {
+                qk[r] = S::fma(S::splat(*q.add(r * PITCH + channel)), right, qk[r]);
+            }
+        }
+        for r in 0..MR {
+            S::store(to[0].add(r * MAX_CHUNK), kk[r]);
+            S::store(to[1].add(r * MAX_CHUNK), qk[r]);
+        }
+    }
+}
+
+/// One chunk of some columns of a value head, whose states lie from `states` on, piece by piece.
+///
+/// # Safety
+/// As for [`run`].
+#[inline(always)]
+#[allow(clippy::too_many_arguments, reason = "the chunk's place in the problem and in scratch")]
+unsafe fn head_chunk<S: Simd, const NV: usize, const NH: usize>(
+    p: &Problem,
+    task: &Task,
+    head: usize,
+    columns: Range<usize>,
+    t: usize,
+    length: usize,
+    states: *mut f32,
+    scratch: *mut f32,
+    at: &Scratch,
+) {
+    let s = p.head_size();
+    let (_, sequence) = p.tensor_sequences(task.sequence);
+    let Range { start: first, end } = columns;
+    // SAFETY: as in `run`.
+    unsafe {
+        let gates = load_gates::<S>(p, head, sequence, t, length, scratch, at);
+        let v = scratch.add(at.v);
+        for i in 0..length {
+            load_row::<S>(&p.v, first, end - first, [head, t + i, sequence], v.add(i * PITCH));
+        }
+        for offset in (0..end - first).step_by(PIECE) {
+            let columns = first + offset..end.min(first + offset + PIECE);
+            let whole = columns.len().is_multiple_of(NV * S::LANES);
+            let slabs = Slabs { p, task, head, t, length, columns, v: v.add(offset), state: states.add(offset * s) };
+            if whole {
+                slabs.run::<S, NV>(&gates, scratch, at);
+            } else {
+                slabs.run::<S, NH>(&gates, scratch, at);
+            }
+        }
+        for i in 0..length {
+            store_row::<S>(&p.out, first, end - first, [head, t + i, sequence], v.add(i * PITCH));
+        }
+    }
+}
+
+/// Everything that a head's gates and betas give: the vectors of [`Gates`], and the matrices -L and scale P.
+///
+/// # Safety
+/// As for [`run`].
+#[inline(always)]
+unsafe fn load_gates<S: Simd>(
+    p: &Problem,
+    head: usize,
+    sequence: usize,
+    t: usize,
+    length: usize,
+    scratch: *mut f32,
+    at: &Scratch,
+) -> Gates {
+    // SAFETY: as in `run`; the vectors hold MAX_CHUNK floats each, a multiple of LANES.
+    unsafe {
+        let vector = |i: usize| scratch.add(at.vectors + i * MAX_CHUNK);
+        // G is kept in f64, and in two floats for the vectors: a hard gate elsewhere in the chunk (G may reach -1e3)
+        // must not cost the others' differences their last bits.
+        let (high, low) = (vector(0), vector(1));
+        let mut gates = Gates {
+            beta: vector(2),
+            beta_decay: vector(3),
+            q_decay: vector(4),
+            to_end: vector(5),
+            whole: 0.0,
+            growth: 0.0,
+            k_max: vector(6),
+        };
+        let clamped = p.state_clamp() < f32::INFINITY;
+        let (mut sum, mut lowest, mut rise) = (0.0f64, 0.0f64, 0.0f64);
+        for i in 0..length {
+            let g = f64::from(p.g.at([0, head, t + i, sequence]).cast::<f32>().read());
+            let g = if g > f64::from(p.gate_max()) { f64::from(p.gate_max()) } else { g };
+            // A gate of -infinity would make differences NaN; this one is as final.
+            sum += if g < -1e4 { -1e4 } else { g };
+            lowest = lowest.min(sum);
+            rise = rise.max(sum - lowest);
+            high.add(i).write(sum as f32);
+            low.add(i).write((sum - f64::from(sum as f32)) as f32);
+            gates.beta.add(i).write(load_beta(p, head, t + i, sequence));
+            if clamped {
+                let row = scratch.add(at.k + i * PITCH);
+                gates.k_max.add(i).write((0..p.head_size()).map(|c| (*row.add(c)).abs()).fold(0.0, f32::max));
+            }
+        }
+        gates.growth = rise.exp() as f32;
+        for i in length..length.next_multiple_of(S::LANES) {
+            for vector in [high, low, gates.beta] {
+                vector.add(i).write(0.0);
+            }
+        }
+        let (end_high, end_low) = (S::splat(*high.add(length - 1)), S::splat(*low.add(length - 1)));
+        let scale = S::splat(p.scale());
+        for i in (0..length).step_by(S::LANES) {
+            let (h, l) = (S::load(high.add(i)), S::load(low.add(i)));
+            let decay = S::exp(S::add(h, l));
+            S::store(gates.q_decay.add(i), S::mul(decay, scale));
+            S::store(gates.beta_decay.add(i), S::mul(decay, S::load(gates.beta.add(i))));
+            S::store(gates.to_end.add(i), S::exp(S::add(S::sub(end_high, h), S::sub(end_low, l))));
+        }
+        gates.whole = (sum.exp()) as f32;
+        let (kk, qk, l, pu) = (scratch.add(at.kk), scratch.add(at.qk), scratch.add(at.l), scratch.add(at.p));
+        for i in 0..length {
+            let (h, lo) = (S::splat(*high.add(i)), S::splat(*low.add(i)));
+            let beta = S::splat(-*gates.beta.add(i));
+            // Lanes past the diagonal may hold infinities or NaN; nobody reads them.
+            for j in (0..=i).step_by(S::LANES) {
+                let cell = i * MAX_CHUNK + j;
+                let difference = S::add(S::sub(h, S::load(high.add(j))), S::sub(lo, S::load(low.add(j))));
+                let decay = S::exp(difference);
+                S::store(l.add(cell), S::mul(S::mul(beta, decay), S::load(kk.add(cell))));
+                S::store(pu.add(cell), S::mul(S::mul(scale, decay), S::load(qk.add(cell))));
+            }
+        }
+        gates
+    }
+}
+
+/// A piece in a chunk: its columns' slabs go through the products together, so that a tile's rows of K and Q are
+/// read once for all of them.
+struct Slabs<'a> {
+    p: &'a Problem,
+    task: &'a Task,
+    head: usize,
+    /// The chunk's first token, in the tensors.
+    t: usize,
+    length: usize,
+    columns: Range<usize>,
+    /// V of the columns, overwritten by O.
+    v: *mut f32,
+    /// `[slab][channel][column]`
+    state: *mut f32,
+}
+
+impl Slabs<'_> {
+    /// # Safety
+    /// As for [`run`]; the columns are a multiple of `NV` vectors.
+    #[inline(always)]
+    unsafe fn run<S: Simd, const NV: usize>(&self, gates: &Gates, scratch: *mut f32, at: &Scratch) {
+        let s = self.p.head_size();
+        let width = NV * S::LANES;
+        let count = self.columns.len() / width;
+        let state = |slab: usize| self.state.wrapping_add(slab * s * width);
+        // SAFETY: as in `run`; U has room for PIECE columns, slab by slab.
+        unsafe {
+            let u = |slab: usize| scratch.add(at.u + slab * MAX_CHUNK * width);
+            let u_end = |slab: usize| scratch.add(at.u_end + slab * MAX_CHUNK * width);
+            let (k, q) = (scratch.add(at.k), scratch.add(at.q));
+            let (l, pu) = (scratch.add(at.l), scratch.add(at.p));
+            let mut finite = [[S::splat(0.0); NV]; MOST_SLABS];
+            tiles!(S, self.length, i, MR, {
+                for slab in 0..count {
+                    let rows = Rows { i, k, q, l, p: pu, v: self.v.add(slab * width), s };
+                    rows.run::<S, MR, NV>(gates, state(slab), u(slab), u_end(slab), &mut finite[slab]);
+                }
+            });
+            for slab in 0..count {
+                if !self.is_sound::<S, NV>(gates, &finite[slab], state(slab), u(slab)) {
+                    self.run_serially::<S, NV>(slab, scratch, at);
+                    continue;
+                }
+                tiles!(S, s, channel, MR, {
+                    update::<S, MR, NV>(
+                        self.length,
+                        gates.whole,
+                        k.add(channel),
+                        u_end(slab),
+                        state(slab).add(channel * width),
+                    );
+                });
+            }
+        }
+    }
+
+    /// Whether the chunk's arithmetic stands for the token-serial one: everything is finite (a NaN or infinity in one
+    /// token must not reach earlier ones), and no state in between can have met the clamp.
+    ///
+    /// # Safety
+    /// As for [`run`].
+    #[inline(always)]
+    unsafe fn is_sound<S: Simd, const NV: usize>(
+        &self,
+        gates: &Gates,
+        finite: &[S::V; NV],
+        state: *const f32,
+        u: *const f32,
+    ) -> bool {
+        let width = NV * S::LANES;
+        let mut columns = [0.0f32; PIECE];
+        // SAFETY: as in `run`.
+        unsafe {
+            for v in 0..NV {
+                S::store(columns.as_mut_ptr().add(v * S::LANES), finite[v]);
+            }
+            if columns[..width].iter().any(|x| x.is_nan()) {
+                return false;
+            }
+            if self.p.state_clamp() == f32::INFINITY {
+                return true;
+            }
+            // |S_t| <= growth (max |S| + sum max|k_i| |u_i|), column by column.
+            let magnitude = |x| S::max(x, S::sub(S::splat(0.0), x));
+            for v in 0..NV {
+                let mut largest = S::splat(0.0);
+                for channel in 0..self.p.head_size() {
+                    largest = S::max(largest, magnitude(S::load(state.add(channel * width + v * S::LANES))));
+                }
+                for i in 0..self.length {
+                    let u = magnitude(S::load(u.add(i * width + v * S::LANES)));
+                    largest = S::fma(u, S::splat(*gates.k_max.add(i)), largest);
+                }
+                S::store(columns.as_mut_ptr().add(v * S::LANES), S::mul(S::splat(gates.growth), largest));
+            }
+            columns[..width].iter().all(|bound| *bound < 0.999 * self.p.state_clamp())
+        }
+    }
+
+    /// Runs the chunk token by token for one slab.
+    ///
+    /// # Safety
+    /// As for [`run`].
+    #[inline(always)]
+    unsafe fn run_serially<S: Simd, const NV: usize>(&self, slab: usize, scratch: *mut f32, at: &Scratch) {
+        let (p, s, width) = (self.p, self.p.head_size(), NV * S::LANES);
+        let (_, sequence) = p.tensor_sequences(self.task.sequence);
+        // SAFETY: as in `run`.
+        unsafe {
+            let batch = Batch::new(scratch.add(at.token), s);
+            let place = Place { at: self.state.add(slab * s * width), pitch: width };
+            for i in 0..self.length {
+                let mut value = [0.0; PIECE];
+                batch.prepare::<S>(p, self.task.sequence, self.head, self.t + i, 1);
+                let first = self.columns.start + slab * width;
+                load_row::<S>(&p.v, first, width, [self.head, self.t + i, sequence], value.as_mut_ptr());
+                let out = self.v.add(i * PITCH + slab * width);
+                step::columns::<S, NV>(&batch.token(p, 0), place, place, value.as_ptr(), out, s);
+            }
+        }
+    }
+}
+
+/// Slabs of a piece, at most.
+const MOST_SLABS: usize = 8;
+
+/// A tile's tokens: `i` the first of them, and the matrices they are rows of.
+struct Rows {
+    i: usize,
+    k: *const f32,
+    q: *const f32,
+    l: *const f32,
+    p: *const f32,
+    v: *mut f32,
+    s: usize,
+}
+
+impl Rows {
+    /// U and O of `MR` tokens for one slab. `finite` becomes NaN in the columns where either is not finite.
+    ///
+    /// # Safety
+    /// As for [`run`]; U is there for all earlier tokens.
+    #[inline(always)]
+    unsafe fn run<S: Simd, const MR: usize, const NV: usize>(
+        &self,
+        gates: &Gates,
+        state: *const f32,
+        u: *mut f32,
+        u_end: *mut f32,
+        finite: &mut [S::V; NV],
+    ) {
+        let (i, s, width) = (self.i, self.s, NV * S::LANES);
+        // SAFETY: as in `run`.
+        unsafe {
+            let left = |matrix: *const f32, pitch: usize| Left { at: matrix.add(i * pitch), row: pitch, step: 1 };
+            let v = self.v.add(i * PITCH);
+            // U: the tile is solved in registers, after a product with what is solved already.
+            let mut tile: Tile<S, MR, NV> = [[S::splat(0.0); NV]; MR];
+            product::<S, MR, NV>(&mut tile, s, left(self.k, PITCH), state, width);
+            for r in 0..MR {
+                let (beta, decay) = (S::splat(*gates.beta.add(i + r)), S::splat(*gates.beta_decay.add(i + r)));
+                for n in 0..NV {
+                    let value = S::load(v.add(r * PITCH + n * S::LANES));
+                    tile[r][n] = S::fnma(decay, tile[r][n], S::mul(beta, value));
+                }
+            }
+            let l = left(self.l, MAX_CHUNK);
+            product::<S, MR, NV>(&mut tile, i, l, u, width);
+            for j in 0..MR {
+                for r in 0..MR {
+                    if r > j {
+                        let factor = S::splat(*l.at.add(r * MAX_CHUNK + i + j));
+                        for n in 0..NV {
+                            tile[r][n] = S::fma(factor, tile[j][n], tile[r][n]);
+                        }
+                    }
+                }
+            }
+            for r in 0..MR {
+                let to_end = S::splat(*gates.to_end.add(i + r));
+                for n in 0..NV {
+                    S::store(u.add((i + r) * width + n * S::LANES), tile[r][n]);
+                    S::store(u_end.add((i + r) * width + n * S::LANES), S::mul(to_end, tile[r][n]));
+                    finite[n] = S::fma(tile[r][n], S::splat(0.0), finite[n]);
+                }
+            }
+            // O
+            let mut tile: Tile<S, MR, NV> = [[S::splat(0.0); NV]; MR];
+            product::<S, MR, NV>(&mut tile, s, left(self.q, PITCH), state, width);
+            for r in 0..MR {
+                let decay = S::splat(*gates.q_decay.add(i + r));
+                for n in 0..NV {
+                    tile[r][n] = S::mul(decay, tile[r][n]);
+                }
+            }
+            let p = left(self.p, MAX_CHUNK);
+            product::<S, MR, NV>(&mut tile, i, p, u, width);
+            for j in 0..MR {
+                let mut solved = [S::splat(0.0); NV];
+                for n in 0..NV {
+                    solved[n] = S::load(u.add((i + j) * width + n * S::LANES));
+                }
+                for r in 0..MR {
+                    if r >= j {
+                        let factor = S::splat(*p.at.add(r * MAX_CHUNK + i + j));
+                        for n in 0..NV {
+                            tile[r][n] = S::fma(factor, solved[n], tile[r][n]);
+                        }
+                    }
+                }
+            }
+            for r in 0..MR {
+                for n in 0..NV {
+                    S::store(v.add(r * PITCH + n * S::LANES), tile[r][n]);
+                    finite[n] = S::fma(tile[r][n], S::splat(0.0), finite[n]);
+                }
+            }
+        }
+    }
+}
+
+/// `MR` key channels of a slab's state, past the chunk: decayed, plus K^T times U decayed to the chunk's end.
+///
+/// # Safety
+/// As for [`run`].
+#[inline(always)]
+unsafe fn update<S: Simd, const MR: usize, const NV: usize>(
+    length: usize,
+    whole: f32,
+    k: *const f32,
+    u_end: *const f32,
+    state: *mut f32,
+) {
+    let width = NV * S::LANES;
+    // SAFETY: as in `run`.
+    unsafe {
+        let mut tile: Tile<S, MR, NV> = [[S::splat(0.0); NV]; MR];
+        for r in 0..MR {
+            for n in 0..NV {
+                tile[r][n] = S::mul(S::splat(whole), S::load(state.add(r * width + n * S::LANES)));
+            }
+        }
+        product::<S, MR, NV>(&mut tile, length, Left { at: k, row: 1, step: PITCH }, u_end, width);
+        for r in 0..MR {
+            for n in 0..NV {
+                S::store(state.add(r * width + n * S::LANES), tile[r][n]);
+            }
+        }
+    }
+}

@@ -99,14 +99,8 @@ impl Columns {
     /// The state is readable, `block` holds `keys * pitch` floats, and `S`'s features are there.
     #[inline(always)]
     pub unsafe fn load<S: Simd>(&self, block: *mut f32, pitch: usize) {
-        // SAFETY: `walk` hands out offsets inside both.
-        unsafe {
-            self.walk::<S>(
-                |at, k, v| S::store(block.add(k * pitch + v), S::load(at)),
-                |at, k, v| S::transpose(at, self.nb_v / 4, block.add(k * pitch + v), pitch),
-                |at, k, v| block.add(k * pitch + v).write(at.read()),
-            )
-        }
+        // SAFETY: passed on.
+        unsafe { self.copy::<S, true>(block, pitch) }
     }
 
     /// Writes `block` to the columns.
@@ -114,46 +108,45 @@ impl Columns {
     /// # Safety
     /// As for [`Columns::load`], with the state writable.
     #[inline(always)]
-    pub unsafe fn store<S: Simd>(&self, block: *const f32, pitch: usize) {
-        // SAFETY: `walk` hands out offsets inside both.
-        unsafe {
-            self.walk::<S>(
-                |at, k, v| S::store(at, S::load(block.add(k * pitch + v))),
-                |at, k, v| S::transpose(block.add(k * pitch + v), pitch, at, self.nb_v / 4),
-                |at, k, v| at.write(block.add(k * pitch + v).read()),
-            )
-        }
+    pub unsafe fn store<S: Simd>(&self, block: *mut f32, pitch: usize) {
+        // SAFETY: passed on.
+        unsafe { self.copy::<S, false>(block, pitch) }
     }
 
-    /// Visits the block in the largest pieces that its strides allow: a vector of value columns, a square of LANES key
-    /// channels by LANES columns, or single elements.
+    /// Copies in the largest pieces that the strides allow: a vector of value columns, a square of LANES key channels by
+    /// LANES columns, or single elements.
     ///
     /// # Safety
-    /// The pieces may be accessed as the visitors do.
+    /// As for [`Columns::load`] or [`Columns::store`].
     #[inline(always)]
-    unsafe fn walk<S: Simd>(
-        &self,
-        vector: impl Fn(*mut f32, usize, usize),
-        square: impl Fn(*mut f32, usize, usize),
-        element: impl Fn(*mut f32, usize, usize),
-    ) {
+    unsafe fn copy<S: Simd, const LOAD: bool>(&self, block: *mut f32, pitch: usize) {
         let at = |k: usize, v: usize| self.data.wrapping_byte_add(k * self.nb_k + v * self.nb_v);
-        if self.nb_v == 4 {
-            for k in 0..self.keys {
+        // SAFETY: k and v stay below the keys and the width, multiples of LANES.
+        unsafe {
+            if self.nb_v == 4 {
+                for k in 0..self.keys {
+                    for v in (0..self.width).step_by(S::LANES) {
+                        let block = block.add(k * pitch + v);
+                        if LOAD { S::store(block, S::load(at(k, v))) } else { S::store(at(k, v), S::load(block)) }
+                    }
+                }
+            } else if self.nb_k == 4 {
                 for v in (0..self.width).step_by(S::LANES) {
-                    vector(at(k, v), k, v);
+                    for k in (0..self.keys).step_by(S::LANES) {
+                        let (state, block) = (at(k, v), block.add(k * pitch + v));
+                        if LOAD {
+                            S::transpose(state, self.nb_v / 4, block, pitch)
+                        } else {
+                            S::transpose(block, pitch, state, self.nb_v / 4)
+                        }
+                    }
                 }
-            }
-        } else if self.nb_k == 4 {
-            for v in (0..self.width).step_by(S::LANES) {
-                for k in (0..self.keys).step_by(S::LANES) {
-                    square(at(k, v), k, v);
-                }
-            }
-        } else {
-            for k in 0..self.keys {
-                for v in 0..self.width {
-                    element(at(k, v), k, v);
+            } else {
+                for k in 0..self.keys {
+                    for v in 0..self.width {
+                        let block = block.add(k * pitch + v);
+                        if LOAD { block.write(at(k, v).read()) } else { at(k, v).write(block.read()) }
+                    }
                 }
             }
         }

@@ -239,15 +239,16 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn transpose(src: *const f32, ss: usize, dst: *mut f32, ds: usize) {
         // Halves are loaded crosswise, so that only in-lane shuffles remain.
-        let half = |i: usize, c: usize| {
-            _mm256_insertf128_ps::<1>(
-                _mm256_castps128_ps256(_mm_loadu_ps(src.add(i * ss + c))),
-                _mm_loadu_ps(src.add((i + 4) * ss + c)),
-            )
-        };
+        #[inline(always)]
+        unsafe fn half(src: *const f32, stride: usize) -> __m256 {
+            let low = _mm256_castps128_ps256(_mm_loadu_ps(src));
+            _mm256_insertf128_ps::<1>(low, _mm_loadu_ps(src.add(4 * stride)))
+        }
         let mut c = 0;
         while c < 8 {
-            let (a, b, d, e) = (half(0, c), half(1, c), half(2, c), half(3, c));
+            let at = src.add(c);
+            let (a, b) = (half(at, ss), half(at.add(ss), ss));
+            let (d, e) = (half(at.add(2 * ss), ss), half(at.add(3 * ss), ss));
             let (t0, t1) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
             let (t2, t3) = (_mm256_unpacklo_ps(d, e), _mm256_unpackhi_ps(d, e));
             let r = [
@@ -353,15 +354,15 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn sums(v: *const __m512, dst: *mut f32) {
         // 16 vectors to 8 half-width ones with lanes i and i + 8 added, then the 8-lane reduction twice.
-        let fold = |i: usize| {
-            let x = *v.add(i);
-            let hi = _mm512_castpd_ps(_mm512_castpd256_pd512(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(x))));
-            _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_castps512_ps256(hi))
-        };
-        let lo = [fold(0), fold(1), fold(2), fold(3), fold(4), fold(5), fold(6), fold(7)];
-        Avx2::sums(lo.as_ptr(), dst);
-        let hi = [fold(8), fold(9), fold(10), fold(11), fold(12), fold(13), fold(14), fold(15)];
-        Avx2::sums(hi.as_ptr(), dst.add(8));
+        for half in 0..2 {
+            let mut folded = [_mm256_setzero_ps(); 8];
+            for i in 0..8 {
+                let x = *v.add(8 * half + i);
+                let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(x)));
+                folded[i] = _mm256_add_ps(_mm512_castps512_ps256(x), high);
+            }
+            Avx2::sums(folded.as_ptr(), dst.add(8 * half));
+        }
     }
     #[inline(always)]
     unsafe fn transpose(src: *const f32, ss: usize, dst: *mut f32, ds: usize) {

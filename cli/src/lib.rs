@@ -1,5 +1,6 @@
 //! The parts of the `deltanet` command, for its binary and for tests that read the same files.
 
+pub mod bench;
 pub mod check;
 pub mod golden;
 pub mod info;

@@ -1,8 +1,8 @@
-//! The `deltanet` command: check golden cases and describe the machine.
+//! The `deltanet` command: check golden cases, time the operator and describe the machine.
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use deltanet_cli::{check, info};
+use deltanet_cli::{bench, check, info};
 use std::process::ExitCode;
 
 /// The gated delta net operator at the command line.
@@ -17,6 +17,8 @@ struct Command {
 enum Task {
     /// Run golden cases and compare with the answers they carry.
     Check(check::Options),
+    /// Time the operator beside the machine's floors and beside other engines' operators.
+    Bench(bench::Options),
     /// Print the version, the instruction sets, the cores and the caches.
     Info,
 }
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
 fn run(task: Task) -> Result<ExitCode> {
     match task {
         Task::Check(options) => check::run(&options),
+        Task::Bench(options) => bench::run(&options),
         Task::Info => info::run(),
     }
 }

@@ -1,6 +1,8 @@
 //! Random problems with memory of their own: strided tensors between guard zones, poisoned outputs.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub mod peers;
+
 use deltanet::params::{BetaKind, HeadMap, SnapshotOrder, StateLayout};
 use deltanet::{Dtype, Params, Problem, Tensor};
 

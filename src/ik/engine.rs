@@ -4,7 +4,6 @@
 //! this function takes; so the function is asked once, with a call of one head that every known version survives, and
 //! what it has written tells its version. Its result must also be ours, or the engine's calls stay its own.
 
-use crate::log;
 use std::ffi::{CStr, c_void};
 use std::sync::OnceLock;
 
@@ -53,9 +52,6 @@ impl Engine {
             // SAFETY: the engine's function, still on its way into its first call.
             unsafe { super::probe::signature(own) }
         });
-        if log::verbose() {
-            log::once(format!("iqk_fused_delta_net is called by {name}, arguments {signature:?}"));
-        }
         Engine { own, signature, name }
     }
 }

@@ -100,7 +100,11 @@ unsafe extern "C" fn serve(registers: *const [usize; 6], stack: *const usize, ca
         let engine = Engine::of(caller);
         elsewhere = engine.own.unwrap_or(elsewhere);
         let Some(signature) = engine.signature else {
-            return Err(Error::new(Status::Unsupported, "this engine's function is not one of the known ones"));
+            // Its calls' arguments cannot be read, so not even which part this is.
+            if log::verbose() {
+                log::once(format!("iqk_fused_delta_net of {} is of no known version: left to it", engine.name));
+            }
+            return Err(Error::new(Status::Unsupported, "this engine's iqk_fused_delta_net is of no known version"));
         };
         // SAFETY: the caller has passed as many arguments as its engine's signature says.
         let call = unsafe { Arguments::read(registers, stack, signature) };
@@ -281,6 +285,6 @@ fn report(call: &Arguments, engine: &Engine, outcome: &Result<(Params, Plan)>) {
             if call.state_in == call.state_out { "in place" } else { "state copied" },
             params.n_snapshots
         ),
-        Err(error) => format!("{what} is left to the engine: {error}"),
+        Err(error) => format!("{what} is left to it: {error}"),
     });
 }

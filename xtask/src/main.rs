@@ -3,10 +3,12 @@
 mod cache;
 mod command;
 mod demo;
+mod ik;
 mod test;
 
 use anyhow::Result;
 use clap::Parser;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// The project's own tasks.
@@ -16,6 +18,20 @@ enum Task {
     Demo,
     /// Fetch what the tests need and run every test.
     Test,
+    /// Run ik_llama.cpp's released wheel with and without our library, and compare.
+    Ik {
+        /// A GGUF model: one with f32 weights to compare tokens, any to measure speed.
+        model: PathBuf,
+        /// Measure whole-model speed instead.
+        #[arg(long)]
+        speed: bool,
+        /// Threads of the speed runs.
+        #[arg(long, default_value_t = 2)]
+        threads: usize,
+        /// Alternating rounds of the speed runs.
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+    },
 }
 
 fn main() -> ExitCode {
@@ -32,5 +48,7 @@ fn run(task: Task) -> Result<()> {
     match task {
         Task::Demo => demo::run_demo(),
         Task::Test => test::run_all(),
+        Task::Ik { model, speed: false, .. } => ik::check(&ik::fetch(&cache::root()?)?, &model),
+        Task::Ik { model, threads, rounds, .. } => ik::speed(&ik::fetch(&cache::root()?)?, &model, threads, rounds),
     }
 }

@@ -44,34 +44,8 @@ __device__ inline void dn_store(char *p, int dtype, float x) {
     }
 }
 
-// Four consecutive channels as they lie in memory: a prefetch must not wait for its own load, so the conversion is a
-// second step. 16-bit types use x and y.
-__device__ inline uint4 dn_load4_raw(const char *row, int64_t nb0, int channel, int dtype, bool vec) {
-    uint4 r = make_uint4(0, 0, 0, 0);
-    if (dtype == DN_F32) {
-        if (vec) return *(const uint4 *)(row + channel * 4);
-        const char *p = row + channel * nb0;
-        r.x = *(const uint32_t *)p;
-        r.y = *(const uint32_t *)(p + nb0);
-        r.z = *(const uint32_t *)(p + 2 * nb0);
-        r.w = *(const uint32_t *)(p + 3 * nb0);
-        return r;
-    }
-    if (vec) {
-        uint2 h = *(const uint2 *)(row + channel * 2);
-        r.x = h.x;
-        r.y = h.y;
-        return r;
-    }
-    const char *p = row + channel * nb0;
-    r.x = *(const uint16_t *)p | (uint32_t) * (const uint16_t *)(p + nb0) << 16;
-    r.y = *(const uint16_t *)(p + 2 * nb0) | (uint32_t) * (const uint16_t *)(p + 3 * nb0) << 16;
-    return r;
-}
-
-__device__ inline float4 dn_raw4_to_f32(uint4 r, int dtype) {
-    if (dtype == DN_F32)
-        return make_float4(__uint_as_float(r.x), __uint_as_float(r.y), __uint_as_float(r.z), __uint_as_float(r.w));
+// Four 16-bit elements, two a word.
+__device__ inline float4 dn_unpack4(uint2 r, int dtype) {
     if (dtype == DN_F16)
         return make_float4(dn_f16_to_f32((uint16_t)r.x), dn_f16_to_f32((uint16_t)(r.x >> 16)),
                            dn_f16_to_f32((uint16_t)r.y), dn_f16_to_f32((uint16_t)(r.y >> 16)));
@@ -79,21 +53,37 @@ __device__ inline float4 dn_raw4_to_f32(uint4 r, int dtype) {
                        __uint_as_float(r.y & 0xffff0000u));
 }
 
+// Four neighbouring channels. vec: the tensor has its DN_VEC_* bit; otherwise the stride may be anything.
+__device__ inline float4 dn_load4(const dn_view &v, const char *row, int channel, int dtype, bool vec) {
+    if (vec) {
+        return dtype == DN_F32 ? *(const float4 *)(row + channel * 4)
+                               : dn_unpack4(*(const uint2 *)(row + channel * 2), dtype);
+    }
+    const char *x = row + channel * v.nb[0];
+    return make_float4(dn_load(x, dtype), dn_load(x + v.nb[0], dtype), dn_load(x + 2 * v.nb[0], dtype),
+                       dn_load(x + 3 * v.nb[0], dtype));
+}
+
 // ---- gates ----
 
-__device__ inline float dn_log_decay(const dn_problem &p, float g) { return fminf(g, p.gate_max); }
-__device__ inline float dn_decay(const dn_problem &p, float g) { return expf(dn_log_decay(p, g)); }
-
-__device__ inline float dn_beta(const dn_problem &p, float x) {
-    return p.beta_kind ? 1.0f / (1.0f + expf(-x)) : x;
+__device__ inline float dn_log_decay(float g, float gate_max) {
+    return g > gate_max ? gate_max : g; // a NaN stays a NaN
 }
+__device__ inline float dn_decay(float g, float gate_max) { return expf(dn_log_decay(g, gate_max)); }
+
+__device__ inline float dn_beta(float x, bool logit) { return logit ? 1.0f / (1.0f + expf(-x)) : x; }
 
 __device__ inline float dn_clamp_state(float s, float c) { return fminf(fmaxf(s, -c), c); }
 
 // ---- heads, sequences, rows ----
 
-__device__ inline int dn_key_head(const dn_problem &p, int h) {
-    return p.head_map ? h / (p.Hv / p.Hk) : h % p.Hk;
+// Quotient of small numbers (a < 2^20, b > 0) without the long integer division: a + 1/2 is at least 1/(2b) away from
+// any multiple of b, which is more than the approximate quotient's error.
+__device__ inline int dn_quotient(int a, int b) { return (int)__fdividef((float)a + 0.5f, (float)b); }
+
+__device__ inline int dn_key_head(int h, int Hk, int Hv, bool grouped) {
+    const int quotient = dn_quotient(grouped ? Hv : h, Hk); // heads that a key head serves; or whole rounds below h
+    return grouped ? dn_quotient(h, quotient) : h - quotient * Hk;
 }
 
 __device__ inline int64_t dn_index(const void *a, int i64, int i) {
@@ -103,12 +93,18 @@ __device__ inline int64_t dn_index(const void *a, int i64, int i) {
 struct dn_sequence {
     int row_in, row_out; // rows of the state pools
     int start, len;      // tokens, counted from the token axis' origin
+    int index;           // the sequence's own number
     int b, bq;           // index on the sequence axis of v, g, beta, out and of q, k
 };
+
+// Bytes to element i >= 0 of an axis. Unsigned: two multiplications, not three, and one where the stride has 32 bits.
+__device__ inline int64_t dn_offset(int i, int64_t nb) { return (int64_t)((uint64_t)(uint32_t)i * (uint64_t)nb); }
+__device__ inline int64_t dn_offset(int i, uint32_t nb) { return (int64_t)((uint64_t)(uint32_t)i * nb); }
 
 // False: an index points outside its pool, and the sequence must be left alone. The offsets lie in device memory, where
 // the host cannot check them, so they are held inside [0, T] here.
 __device__ inline bool dn_sequence_of(const dn_problem &p, int b, dn_sequence &s) {
+    s.index = b;
     int64_t in = p.rows_in ? dn_index(p.rows_in, p.rows_in_i64, b) : b;
     int64_t out = p.rows_out ? dn_index(p.rows_out, p.rows_out_i64, b) : b;
     if (in < 0 || in >= p.n_rows_in) return false;
@@ -131,7 +127,16 @@ __device__ inline bool dn_sequence_of(const dn_problem &p, int b, dn_sequence &s
     return true;
 }
 
-// The snapshot slot for the state after token t of a sequence of len tokens, or -1.
+// The same where DN_PLAIN says that there is nothing to look up.
+__device__ inline dn_sequence dn_plain_sequence(int b, int T) {
+    dn_sequence s;
+    s.row_in = s.row_out = s.index = s.b = s.bq = b;
+    s.start = 0;
+    s.len = T;
+    return s;
+}
+
+// The snapshot slot for the state after token t of a sequence of len tokens, or a negative number.
 __device__ inline int dn_snapshot_slot(const dn_problem &p, int t, int len) {
     int last = len - p.snapshot_skip; // tokens that count
     if (t >= last) return -1;

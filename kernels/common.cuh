@@ -73,7 +73,9 @@ __device__ inline float dn_decay(float g, float gate_max) { return expf(dn_log_d
 
 __device__ inline float dn_beta(float x, bool logit) { return logit ? 1.0f / (1.0f + expf(-x)) : x; }
 
-__device__ inline float dn_clamp_state(float s, float c) { return fminf(fmaxf(s, -c), c); }
+__device__ inline float dn_clamp_state(float s, float c) {
+    return s > c ? c : s < -c ? -c : s; // a NaN stays a NaN
+}
 
 // ---- heads, sequences, rows ----
 

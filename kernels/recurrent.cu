@@ -534,36 +534,20 @@ __device__ void recurrent(const dn_problem &p) {
 
 } // namespace
 
-// name: dn_recurrent_<fast|any>_s<head size>_<kmajor|vmajor>_<scalar|channel>; src/cuda/plan.rs holds the same table.
-#define DN_RECURRENT(NAME, S, LAYOUT, VALUE_MAJOR, GATE, CHANNEL, L, C, W)                                             \
-    extern "C" __global__ void __launch_bounds__(W * 32, 1) dn_recurrent_##NAME##_s##S##_##LAYOUT##_##GATE(            \
-        const __grid_constant__ DN_PARAMS_##NAME p) {                                                                  \
-        recurrent<Shape<S, L, C, W, VALUE_MAJOR, CHANNEL, DN_FAST_##NAME>>(p);                                         \
-    }
+#ifndef DN_RECURRENT_VARIANTS
 #define DN_FAST_fast true
 #define DN_FAST_any false
 #define DN_PARAMS_fast dn_fast
 #define DN_PARAMS_any dn_problem
-#define DN_RECURRENT_GATES(NAME, S, LAYOUT, VALUE_MAJOR, L, C, W)                                                      \
-    DN_RECURRENT(NAME, S, LAYOUT, VALUE_MAJOR, scalar, false, L, C, W)                                                 \
-    DN_RECURRENT(NAME, S, LAYOUT, VALUE_MAJOR, channel, true, L, C, W)
-
-#ifndef DN_RECURRENT_VARIANTS
-//                 name  head  layout  value-major L  C  W
-DN_RECURRENT_GATES(fast, 16, kmajor, false, 4, 2, 1)
-DN_RECURRENT_GATES(fast, 32, kmajor, false, 8, 4, 1)
-DN_RECURRENT_GATES(fast, 64, kmajor, false, 16, 4, 2)
-DN_RECURRENT_GATES(fast, 128, kmajor, false, 16, 4, 4)
-DN_RECURRENT_GATES(fast, 256, kmajor, false, 32, 4, 4)
-DN_RECURRENT_GATES(fast, 16, vmajor, true, 4, 4, 1)
-DN_RECURRENT_GATES(fast, 32, vmajor, true, 8, 4, 1)
-DN_RECURRENT_GATES(fast, 64, vmajor, true, 8, 4, 2)
-DN_RECURRENT_GATES(fast, 128, vmajor, true, 8, 4, 2)
-DN_RECURRENT_GATES(fast, 256, vmajor, true, 16, 4, 4)
-DN_RECURRENT_GATES(any, 64, kmajor, false, 16, 4, 4)
-DN_RECURRENT_GATES(any, 128, kmajor, false, 16, 4, 4)
-DN_RECURRENT_GATES(any, 256, kmajor, false, 32, 4, 4)
-DN_RECURRENT_GATES(any, 64, vmajor, true, 16, 4, 4)
-DN_RECURRENT_GATES(any, 128, vmajor, true, 16, 4, 4)
-DN_RECURRENT_GATES(any, 256, vmajor, true, 16, 4, 4)
+#define DN_VALUE_MAJOR_kmajor false
+#define DN_VALUE_MAJOR_vmajor true
+#define DN_KERNEL(NAME, S, LAYOUT, GATE, CHANNEL, L, C, W)                                                             \
+    extern "C" __global__ void __launch_bounds__(W * 32, 1) dn_recurrent_##NAME##_s##S##_##LAYOUT##_##GATE(            \
+        const __grid_constant__ DN_PARAMS_##NAME p) {                                                                  \
+        recurrent<Shape<S, L, C, W, DN_VALUE_MAJOR_##LAYOUT, CHANNEL, DN_FAST_##NAME>>(p);                             \
+    }
+#define DN_RECURRENT(NAME, S, LAYOUT, L, C, W)                                                                         \
+    DN_KERNEL(NAME, S, LAYOUT, scalar, false, L, C, W)                                                                 \
+    DN_KERNEL(NAME, S, LAYOUT, channel, true, L, C, W)
+#include "recurrent_shapes.h"
 #endif

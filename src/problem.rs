@@ -46,6 +46,15 @@ impl StateView {
 pub(crate) struct Index(View);
 
 impl Index {
+    /// The first element.
+    pub fn data(&self) -> *mut u8 {
+        self.0.data
+    }
+
+    pub fn dtype(&self) -> Dtype {
+        self.0.dtype
+    }
+
     /// Element `at`, which must be below the checked length. Host memory only.
     #[inline]
     pub fn get(&self, at: usize) -> i64 {
@@ -514,6 +523,38 @@ impl Problem {
     /// Arithmetic of the CUDA prompt kernels.
     pub fn precision(&self) -> Precision {
         self.precision
+    }
+
+    /// Bq: sequences of q and k.
+    pub fn qk_sequences(&self) -> usize {
+        self.qk_sequences
+    }
+
+    /// Where every tensor that has elements begins.
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = (&'static str, *mut u8)> {
+        let view = |name, view: &View| (!view.is_empty()).then_some((name, view.data));
+        let state = |name, state: Option<StateView>| state.map(|state| (name, state.data.cast()));
+        let index = |name, index: &Option<Index>| index.map(|index| (name, index.data()));
+        let states = [
+            state("state_in", Some(self.state_in)),
+            state("state_out", self.state_out),
+            state("snapshots", self.snapshots.map(|snapshots| snapshots.slot0)),
+        ];
+        let states = states.map(|state| state.filter(|_| self.sequences > 0));
+        let views = [
+            view("q", &self.q),
+            view("k", &self.k),
+            view("v", &self.v),
+            view("g", &self.g),
+            view("beta", &self.beta),
+            view("out", &self.out),
+        ];
+        let indices = [
+            index("rows_in", &self.rows_in),
+            index("rows_out", &self.rows_out),
+            index("cu_seqlens", &self.cu_seqlens),
+        ];
+        views.into_iter().chain(states).chain(indices).flatten()
     }
 
     /// The key head of value head `head`.

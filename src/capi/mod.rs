@@ -1,9 +1,11 @@
 //! The exported C functions: each turns its arguments into a [`Problem`] and its result into a status.
 
 mod cpu;
+mod cuda;
 mod message;
 
 pub use cpu::*;
+pub use cuda::*;
 pub use message::*;
 
 use crate::error::{Error, Result, Status};

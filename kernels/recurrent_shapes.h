@@ -1,0 +1,21 @@
+// The token-serial kernels: dn_recurrent_<name>_s<head size>_<layout>_<scalar|channel>. build.rs reads these lines too, so
+// that the host's launch shapes are the kernels' own.
+//
+// fast: f32 read 16 bytes at a time, exactly this head size. any: everything else, up to this head size.
+// L lanes hold a column, C columns each; a block has W warps. Fewer lanes a column mean fewer shuffles, more columns a
+// lane mean fewer reads of q and k; with value-contiguous states, C is 4 and 32 / L groups of them lie side by side.
+//           name  head layout  L   C  W
+DN_RECURRENT(fast, 16, kmajor, 4, 2, 1)
+DN_RECURRENT(fast, 32, kmajor, 8, 4, 1)
+DN_RECURRENT(fast, 64, kmajor, 16, 4, 2)
+DN_RECURRENT(fast, 128, kmajor, 16, 4, 4)
+DN_RECURRENT(fast, 256, kmajor, 32, 4, 4)
+DN_RECURRENT(fast, 16, vmajor, 4, 4, 1)
+DN_RECURRENT(fast, 32, vmajor, 8, 4, 1)
+DN_RECURRENT(fast, 64, vmajor, 8, 4, 2)
+DN_RECURRENT(fast, 128, vmajor, 8, 4, 2)
+DN_RECURRENT(fast, 256, vmajor, 16, 4, 4)
+DN_RECURRENT(any, 128, kmajor, 16, 4, 4)
+DN_RECURRENT(any, 256, kmajor, 32, 4, 4)
+DN_RECURRENT(any, 128, vmajor, 16, 4, 4)
+DN_RECURRENT(any, 256, vmajor, 16, 4, 4)

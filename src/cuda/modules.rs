@@ -1,0 +1,181 @@
+//! The embedded kernels, loaded once into each context that asks.
+
+use super::driver::{CUcontext, CUdevice, CUfunction, Driver, driver};
+use super::plan::SHAPES;
+use crate::error::{Error, Result, Status, ensure};
+use cudarc::driver::sys::{CUdevice_attribute_enum as Device, CUfunction_attribute_enum as Function};
+use std::ffi::{CStr, c_int};
+use std::sync::{PoisonError, RwLock};
+
+/// A fat binary for every architecture, with the names of the kernels in it.
+struct Image {
+    bytes: &'static Aligned<[u8]>,
+    kernels: fn() -> Vec<&'static CStr>,
+}
+
+/// The driver reads the image's header as integers.
+#[repr(C, align(16))]
+struct Aligned<T: ?Sized>(T);
+
+#[cfg(deltanet_nvcc)]
+const IMAGES: &[Image] = &[Image {
+    bytes: &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/recurrent.fatbin"))),
+    kernels: || SHAPES.iter().map(|shape| shape.name).collect(),
+}];
+#[cfg(not(deltanet_nvcc))]
+const IMAGES: &[Image] = &[];
+
+/// The oldest architecture with kernels: compute capability 7.5.
+const OLDEST: c_int = 75;
+
+/// What a context has after `prepare`.
+#[derive(Clone, Copy)]
+pub(crate) struct Prepared {
+    context: u64,
+    pub device: CUdevice,
+    /// In the order of the images and of the kernels in them.
+    functions: &'static [Loaded],
+}
+
+#[derive(Clone, Copy)]
+struct Loaded(CUfunction);
+// SAFETY: a function's handle is a name that any thread may pass to the driver.
+unsafe impl Send for Loaded {}
+// SAFETY: as above.
+unsafe impl Sync for Loaded {}
+
+impl Prepared {
+    pub fn function(&self, index: usize) -> CUfunction {
+        self.functions[index].0
+    }
+}
+
+/// Contexts are told apart by their id: unlike its address, a dead context's id never comes back.
+static CONTEXTS: RwLock<Vec<Prepared>> = RwLock::new(Vec::new());
+
+/// Whether there are kernels in this build.
+pub(crate) fn built() -> Result<()> {
+    ensure!(
+        !IMAGES.is_empty(),
+        Unsupported,
+        "this library was built without nvcc and has no CUDA kernels; `cargo xtask nvcc` fetches a compiler"
+    );
+    Ok(())
+}
+
+/// The current context's kernels, if they were prepared. Takes no lock that a load holds for long, allocates nothing.
+pub(crate) fn prepared() -> Result<Prepared> {
+    let (_, id) = current(driver()?)?;
+    let contexts = CONTEXTS.read().unwrap_or_else(PoisonError::into_inner);
+    contexts.iter().find(|known| known.context == id).copied().ok_or_else(|| {
+        Error::new(
+            Status::Cuda,
+            "the current CUDA context has no kernels loaded; deltanet_cuda_prepare must be called in it first, \
+             outside of any stream capture",
+        )
+    })
+}
+
+/// Loads the kernels into the current context, unless they are there.
+pub(crate) fn prepare() -> Result<Prepared> {
+    built()?;
+    let driver = driver()?;
+    let (_, id) = current(driver)?;
+    let known = |contexts: &[Prepared]| contexts.iter().find(|known| known.context == id).copied();
+    if let Some(prepared) = known(&CONTEXTS.read().unwrap_or_else(PoisonError::into_inner)) {
+        return Ok(prepared);
+    }
+    let mut contexts = CONTEXTS.write().unwrap_or_else(PoisonError::into_inner);
+    if let Some(prepared) = known(&contexts) {
+        return Ok(prepared); // another thread was faster
+    }
+    let mut device = 0;
+    // SAFETY: `device` is writable.
+    driver.check(unsafe { (driver.context_device)(&mut device) }, "cuCtxGetDevice")?;
+    let (major, minor) = capability(driver, device)?;
+    ensure!(
+        major * 10 + minor >= OLDEST,
+        Unsupported,
+        "the current context's device has compute capability {major}.{minor}; it must be at least 7.5"
+    );
+    let mut functions = Vec::new();
+    for image in IMAGES {
+        load(driver, image, &mut functions)?;
+    }
+    // Kept for the life of the process: a context's functions may be in use by any thread until it is destroyed.
+    let prepared = Prepared { context: id, device, functions: functions.leak() };
+    contexts.push(prepared);
+    Ok(prepared)
+}
+
+fn load(driver: &Driver, image: &Image, functions: &mut Vec<Loaded>) -> Result<()> {
+    /// Statuses that say that the image and the driver do not go together.
+    const MISMATCH: [u32; 4] = [209, 218, 221, 222]; // no binary for the GPU, PTX: invalid, no compiler, too new
+    let mut module = std::ptr::null_mut();
+    // SAFETY: `module` is writable, the image is an aligned fat binary, whose header holds its own size.
+    let code = unsafe { (driver.module_load)(&mut module, image.bytes.0.as_ptr().cast()) };
+    if MISMATCH.contains(&code) {
+        let mut version = 0;
+        // SAFETY: `version` is writable.
+        unsafe { (driver.version)(&mut version) };
+        return Err(Error::new(
+            Status::Unsupported,
+            format!(
+                "the CUDA driver (for CUDA {}.{}) cannot load the kernels for this device: {}; a newer driver is needed",
+                version / 1000,
+                version % 1000 / 10,
+                driver.name(code)
+            ),
+        ));
+    }
+    driver.check(code, "cuModuleLoadData")?;
+    for name in (image.kernels)() {
+        let mut function = std::ptr::null_mut();
+        // SAFETY: `function` is writable, the module was loaded and the name is a C string.
+        let code = unsafe { (driver.module_function)(&mut function, module, name.as_ptr()) };
+        driver.check(code, "cuModuleGetFunction")?;
+        // Asking for an attribute loads the kernel's code, which lazy loading would leave to the first launch: that may
+        // be in a capture.
+        attribute(driver, Function::CU_FUNC_ATTRIBUTE_NUM_REGS, function)?;
+        functions.push(Loaded(function));
+    }
+    Ok(())
+}
+
+/// The current context and its id.
+fn current(driver: &Driver) -> Result<(CUcontext, u64)> {
+    let mut context = std::ptr::null_mut();
+    // SAFETY: `context` is writable.
+    driver.check(unsafe { (driver.context)(&mut context) }, "cuCtxGetCurrent")?;
+    ensure!(!context.is_null(), Cuda, "this thread has no current CUDA context; it must have one");
+    let mut id = 0;
+    // SAFETY: the context is current, `id` is writable.
+    driver.check(unsafe { (driver.context_id)(context, &mut id) }, "cuCtxGetId")?;
+    Ok((context, id))
+}
+
+/// Compute capability.
+pub(crate) fn capability(driver: &Driver, device: CUdevice) -> Result<(c_int, c_int)> {
+    let of = |attribute: Device| {
+        let mut value = 0;
+        // SAFETY: `value` is writable; a bad device is an error code.
+        let code = unsafe { (driver.device_attribute)(&mut value, attribute as u32, device) };
+        driver.check(code, "cuDeviceGetAttribute").map(|()| value)
+    };
+    Ok((
+        of(Device::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        of(Device::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    ))
+}
+
+/// The architecture whose code was loaded, as in sm_90, and whether it was compiled from PTX.
+pub(crate) fn image_of(driver: &Driver, prepared: &Prepared) -> Result<c_int> {
+    attribute(driver, Function::CU_FUNC_ATTRIBUTE_BINARY_VERSION, prepared.function(0))
+}
+
+fn attribute(driver: &Driver, attribute: Function, function: CUfunction) -> Result<c_int> {
+    let mut value = 0;
+    // SAFETY: `value` is writable, the function was loaded.
+    driver.check(unsafe { (driver.function_attribute)(&mut value, attribute as u32, function) }, "cuFuncGetAttribute")?;
+    Ok(value)
+}

@@ -1,0 +1,126 @@
+//! Which kernel a problem gets, and how it is launched. The one place where shape chooses a CUDA kernel.
+
+use super::abi::{DnFast, DnProblem};
+use crate::error::{Error, Result, Status};
+use crate::problem::Problem;
+use std::ffi::{CStr, c_void};
+use std::fmt;
+
+/// A token-serial kernel, as kernels/recurrent_shapes.h lists it.
+pub(crate) struct Shape {
+    pub name: &'static CStr,
+    fast: bool,
+    head_size: usize,
+    value_contiguous: bool,
+    channel_gate: bool,
+    lanes: usize,
+    columns: usize,
+    warps: usize,
+}
+
+/// Every token-serial kernel.
+pub(crate) static SHAPES: &[Shape] = include!(concat!(env!("OUT_DIR"), "/recurrent_shapes.rs"));
+
+/// Tokens that a general kernel stages in shared memory at a time.
+const TILE: usize = 8;
+
+/// CUDA's limit on the second and third axis of a grid. Kernels walk over the sequences past it, not over heads.
+const GRID_LIMIT: usize = 65535;
+
+impl Shape {
+    fn threads(&self) -> usize {
+        32 * self.warps
+    }
+
+    /// Value columns of one block.
+    fn block_columns(&self) -> usize {
+        self.warps * (32 / self.lanes) * self.columns
+    }
+
+    /// Bytes of a staged token: k, q, the decays, the block's values, and four scalars.
+    fn row_bytes(&self) -> usize {
+        let decays = if self.channel_gate { self.head_size } else { 4 };
+        (2 * self.head_size + decays + 32 + 4) * size_of::<f32>()
+    }
+}
+
+/// A kernel's only argument.
+pub(crate) enum Arguments {
+    Fast(DnFast),
+    Any(DnProblem),
+}
+
+/// One kernel launch.
+pub(crate) struct Launch {
+    /// Index of the kernel among all.
+    pub function: usize,
+    pub grid: [u32; 3],
+    pub threads: u32,
+    /// Bytes of dynamic shared memory.
+    pub shared: u32,
+    pub arguments: Arguments,
+}
+
+impl Launch {
+    pub fn argument(&mut self) -> *mut c_void {
+        match &mut self.arguments {
+            Arguments::Fast(arguments) => (&raw mut *arguments).cast(),
+            Arguments::Any(arguments) => (&raw mut *arguments).cast(),
+        }
+    }
+}
+
+/// How a problem is run on CUDA.
+pub(crate) struct Plan {
+    /// In order; none where there is nothing to compute.
+    pub launch: Option<Launch>,
+    /// Bytes of device memory that the kernels need beside the tensors.
+    pub workspace: usize,
+}
+
+/// An error that says what CUDA cannot do.
+pub(crate) fn unsupported(words: fmt::Arguments<'_>) -> Error {
+    Error::compose(Status::Unsupported, words)
+}
+
+impl Plan {
+    /// The plan for `problem`, the same on every device.
+    pub fn new(problem: &Problem) -> Result<Plan> {
+        let (s, heads) = (problem.head_size(), problem.value_heads());
+        // States whose value channels are neighbours are walked along those; for all others the order does not matter.
+        let value_contiguous = problem.state_in.nb_v == size_of::<f32>() && problem.state_in.nb_k != size_of::<f32>();
+        let mut any = DnProblem::of(problem, value_contiguous)?;
+        let fast = any.fast();
+        let fits = |shape: &&Shape| {
+            shape.value_contiguous == value_contiguous
+                && shape.channel_gate == problem.channel_gate()
+                && if shape.fast { fast.is_some() && shape.head_size == s } else { shape.head_size >= s }
+        };
+        // The table has fast kernels first and rising head sizes.
+        let Some(function) = SHAPES.iter().position(|shape| fits(&shape)) else {
+            return Err(unsupported(format_args!("v.ne[0] (the head size) is {s}; on CUDA it must be at most 256")));
+        };
+        if heads > GRID_LIMIT {
+            return Err(unsupported(format_args!("v.ne[1] (the value heads) is {heads}; on CUDA it must be at most 65535")));
+        }
+        if problem.sequences() == 0 {
+            return Ok(Plan { launch: None, workspace: 0 });
+        }
+        let shape = &SHAPES[function];
+        let tile = TILE.min(problem.tokens()).max(1);
+        any.tile = tile as i32;
+        let (shared, arguments) = match fast {
+            Some(fast) if shape.fast => (0, Arguments::Fast(fast)),
+            _ => (tile * shape.row_bytes(), Arguments::Any(any)),
+        };
+        let grid = [s.div_ceil(shape.block_columns()), heads, problem.sequences().min(GRID_LIMIT)];
+        let launch = Launch {
+            function,
+            grid: grid.map(|blocks| blocks as u32),
+            threads: shape.threads() as u32,
+            shared: shared as u32,
+            arguments,
+        };
+        Ok(Plan { launch: Some(launch), workspace: 0 })
+    }
+}

@@ -74,7 +74,18 @@ fn compile(nvcc: &Path, kernel: &str, archs: &str, image: &Path) -> Result<(), S
     let jobs = env::var("NUM_JOBS").unwrap_or_else(|_| "1".into());
     let mut command = Command::new(nvcc);
     // exp, division and square roots stay exact: no --use_fast_math.
-    command.args(["-fatbin", "-O3", "-std=c++17", "-diag-suppress", "177", "-compress-mode=size", "--threads", &jobs, "-I", "kernels"]);
+    command.args([
+        "-fatbin",
+        "-O3",
+        "-std=c++17",
+        "-diag-suppress",
+        "177",
+        "-compress-mode=size",
+        "--threads",
+        &jobs,
+        "-I",
+        "kernels",
+    ]);
     for arch in archs.split(',') {
         command.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
     }

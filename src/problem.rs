@@ -549,11 +549,8 @@ impl Problem {
             view("beta", &self.beta),
             view("out", &self.out),
         ];
-        let indices = [
-            index("rows_in", &self.rows_in),
-            index("rows_out", &self.rows_out),
-            index("cu_seqlens", &self.cu_seqlens),
-        ];
+        let indices =
+            [index("rows_in", &self.rows_in), index("rows_out", &self.rows_out), index("cu_seqlens", &self.cu_seqlens)];
         views.into_iter().chain(states).chain(indices).flatten()
     }
 

@@ -1,5 +1,6 @@
 //! `deltanet check`: golden cases, one line each.
 
+use crate::cuda::{self, Gpu, Mirror};
 use crate::golden::{Case, Nmse};
 use crate::isa;
 use anyhow::Result;
@@ -12,6 +13,9 @@ use std::process::ExitCode;
 /// What to check and how.
 #[derive(Args)]
 pub struct Options {
+    /// Where to run.
+    #[arg(long, default_value = "cpu")]
+    device: Device,
     /// Instruction set: scalar, avx2 or avx512 [default: the best there is].
     #[arg(long, value_parser = isa::parse)]
     isa: Option<Isa>,
@@ -26,12 +30,26 @@ pub struct Options {
     files: Vec<PathBuf>,
 }
 
+/// Where the operator runs.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Device {
+    /// The CPU kernels.
+    Cpu,
+    /// The first CUDA device.
+    Cuda,
+}
+
 /// Prints name, NMSE of out, NMSE of state and the verdict for each file; fails if any does.
 pub fn run(options: &Options) -> Result<ExitCode> {
     let isa = isa::choose(options.isa)?;
+    let gpu = if options.device == Device::Cuda { Some(Gpu::open()?) } else { None };
     let mut failed = false;
     for file in &options.files {
-        match check(file, isa, options.threads) {
+        let checked = match &gpu {
+            Some(gpu) => check_cuda(file, gpu),
+            None => check(file, isa, options.threads),
+        };
+        match checked {
             Ok((name, nmse)) => {
                 // NaN compares as false.
                 let ok = nmse.out <= options.tol && nmse.state <= options.tol;
@@ -56,5 +74,18 @@ fn check(file: &Path, isa: Isa, threads: usize) -> Result<(String, Nmse)> {
     let plan = Plan::new(&problem, isa)?;
     // SAFETY: the case owns the memory that its params describe, and nobody else has it.
     unsafe { cpu::run(&problem, &plan, threads)? };
+    Ok((case.name().to_owned(), case.nmse()))
+}
+
+fn check_cuda(file: &Path, gpu: &Gpu) -> Result<(String, Nmse)> {
+    let mut case = Case::load(file)?;
+    let params = case.params();
+    // SAFETY: the case owns the memory that its params describe, and nobody else has it; the mirror has it in device
+    // memory, and is waited for.
+    unsafe {
+        let mirror = Mirror::new(gpu, &params)?;
+        cuda::run(gpu, &mirror)?;
+        mirror.download()?;
+    }
     Ok((case.name().to_owned(), case.nmse()))
 }

@@ -14,7 +14,19 @@ pub fn run() -> Result<ExitCode> {
     for cache in caches() {
         println!("cache      {cache}");
     }
+    println!("cuda       {}", cuda().unwrap_or_else(|error| format!("{error:#}")));
     Ok(ExitCode::SUCCESS)
+}
+
+/// The first GPU, its driver, and which of the kernels' images that driver took; or why there is none.
+fn cuda() -> Result<String> {
+    let _gpu = crate::cuda::Gpu::open()?;
+    let device = deltanet::cuda::device()?;
+    let ((major, minor), (cuda, point)) = (device.capability, device.driver);
+    Ok(format!(
+        "{}, compute capability {major}.{minor}, driver for CUDA {cuda}.{point}, kernels for sm_{}",
+        device.name, device.image
+    ))
 }
 
 fn processor() -> Option<String> {

@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod check;
+pub mod cuda;
 pub mod golden;
 pub mod info;
 mod isa;

@@ -180,10 +180,12 @@ impl DnProblem {
     /// The problem for any kernel. `value_contiguous` is the order in which its lanes walk over states.
     pub fn of(p: &Problem, value_contiguous: bool) -> Result<DnProblem> {
         let int = |name: &str, value: usize| {
-            i32::try_from(value).map_err(|_| unsupported(format_args!("{name} is {value}; on CUDA it must be below 2^31")))
+            i32::try_from(value)
+                .map_err(|_| unsupported(format_args!("{name} is {value}; on CUDA it must be below 2^31")))
         };
         let state = |state: &StateView| DnView::of_state(state, value_contiguous, p.value_heads());
-        let pointer = |index: &Option<Index>| index.map_or(std::ptr::null(), |index| index.data().cast::<c_void>().cast_const());
+        let pointer =
+            |index: &Option<Index>| index.map_or(std::ptr::null(), |index| index.data().cast::<c_void>().cast_const());
         let wide = |index: &Option<Index>| i32::from(index.is_some_and(|index| index.dtype() == Dtype::I64));
         let mut to = DnProblem {
             sequences: int("the number of sequences", p.sequences())?,

@@ -176,6 +176,7 @@ pub(crate) fn image_of(driver: &Driver, prepared: &Prepared) -> Result<c_int> {
 fn attribute(driver: &Driver, attribute: Function, function: CUfunction) -> Result<c_int> {
     let mut value = 0;
     // SAFETY: `value` is writable, the function was loaded.
-    driver.check(unsafe { (driver.function_attribute)(&mut value, attribute as u32, function) }, "cuFuncGetAttribute")?;
+    driver
+        .check(unsafe { (driver.function_attribute)(&mut value, attribute as u32, function) }, "cuFuncGetAttribute")?;
     Ok(value)
 }

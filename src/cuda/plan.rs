@@ -101,9 +101,11 @@ impl Plan {
             return Err(unsupported(format_args!("v.ne[0] (the head size) is {s}; on CUDA it must be at most 256")));
         };
         if heads > GRID_LIMIT {
-            return Err(unsupported(format_args!("v.ne[1] (the value heads) is {heads}; on CUDA it must be at most 65535")));
+            return Err(unsupported(format_args!(
+                "v.ne[1] (the value heads) is {heads}; on CUDA it must be at most 65535"
+            )));
         }
-        if problem.sequences() == 0 {
+        if problem.sequences() == 0 || problem.writes_nothing() {
             return Ok(Plan { launch: None, workspace: 0 });
         }
         let shape = &SHAPES[function];

@@ -83,8 +83,9 @@ fn on_device(name: &str, address: *mut u8, device: CUdevice) -> Result<()> {
     ];
     let mut values: [*mut c_void; 3] = [(&raw mut kind).cast(), (&raw mut ordinal).cast(), (&raw mut managed).cast()];
     // SAFETY: three attributes with room for each one's value; any address is allowed.
-    let code =
-        unsafe { (driver.pointer_attributes)(3, attributes.as_mut_ptr(), values.as_mut_ptr(), address as usize as u64) };
+    let code = unsafe {
+        (driver.pointer_attributes)(3, attributes.as_mut_ptr(), values.as_mut_ptr(), address as usize as u64)
+    };
     driver.check(code, "cuPointerGetAttributes")?;
     let known = kind == MemoryType::CU_MEMORYTYPE_DEVICE as u32 || managed != 0;
     ensure!(known, Cuda, "{name} is at {address:p}, which is host memory; it must be CUDA device memory");

@@ -1,5 +1,6 @@
-//! Compiles the CUDA kernels, ahead of time and for every architecture, into fat binaries that src/cuda embeds.
+//! What cargo cannot do by itself: the shared library's SONAME (docs/versioning.md), and the CUDA kernels.
 //!
+//! The kernels are compiled ahead of time and for every architecture into fat binaries that src/cuda embeds.
 //! nvcc is looked for in `NVCC`, `DELTANET_NVCC_DIR`, `CUDA_HOME`, `PATH` and the folder that `cargo xtask nvcc` fills.
 //! Without one the library builds all the same, says so in one warning, and its CUDA functions answer UNSUPPORTED.
 //! `DELTANET_CUDA_ARCHS` (such as "90a" or "86,90a") names other architectures, to build faster while developing.
@@ -13,6 +14,7 @@ const KERNELS: &[&str] = &["recurrent"];
 const ARCHS: &str = "75,80,86,89,90a,100,120";
 
 fn main() -> ExitCode {
+    set_soname();
     println!("cargo::rustc-check-cfg=cfg(deltanet_nvcc)");
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=kernels");
@@ -159,4 +161,24 @@ fn cache() -> Option<PathBuf> {
 
 fn write(path: &Path, words: &str) -> Result<(), String> {
     fs::write(path, words).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+/// Gives the shared library its SONAME, and the build folders links of that name, so that programs linked with the
+/// `libdeltanet.so` there find it without an installation.
+fn set_soname() {
+    if env::var("CARGO_CFG_TARGET_OS").as_deref() != Ok("linux") {
+        return;
+    }
+    let soname = format!("libdeltanet.so.{}", env!("CARGO_PKG_VERSION_MAJOR"));
+    println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,{soname}");
+    // OUT_DIR is <profile folder>/build/<package>/out. Where that is not so, the links are only a convenience missed.
+    let out = env::var("OUT_DIR").unwrap_or_default();
+    if let Some(folder) = Path::new(&out).ancestors().nth(3) {
+        // Tests link with the copy in `deps`, everybody else with the one above it.
+        for link in [folder.join(&soname), folder.join("deps").join(&soname)] {
+            if std::fs::read_link(&link).is_err() {
+                let _ = std::os::unix::fs::symlink("libdeltanet.so", link);
+            }
+        }
+    }
 }

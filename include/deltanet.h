@@ -12,243 +12,253 @@
 #include <stddef.h>
 #include <stdint.h>
 
-// The version of this header as `deltanet_version` counts: major * 1000000 + minor * 1000 + patch.
-#define DELTANET_VERSION 1000
+/// The major version of this header.
+#define DELTANET_VERSION_MAJOR 0
 
-// What a call answers: `OK`, or the class of rule that an argument broke. `deltanet_last_error` has the words.
+/// The minor version of this header.
+#define DELTANET_VERSION_MINOR 1
+
+/// The patch version of this header.
+#define DELTANET_VERSION_PATCH 0
+
+/// The version of this header as `deltanet_version` counts: major * 1000000 + minor * 1000 + patch.
+#define DELTANET_VERSION (((DELTANET_VERSION_MAJOR * 1000000) + (DELTANET_VERSION_MINOR * 1000)) + DELTANET_VERSION_PATCH)
+
+/// What a call answers: `OK`, or the class of rule that an argument broke. `deltanet_last_error` has the words.
 enum deltanet_status
 #ifdef __cplusplus
   : uint32_t
 #endif // __cplusplus
  {
-  // Done.
+  /// Done.
   DELTANET_STATUS_OK = 0,
-  // A pointer that must not be null is null.
+  /// A pointer that must not be null is null.
   DELTANET_STATUS_NULL_POINTER = 1,
-  // A pointer or a stride is not a multiple of its element's size.
+  /// A pointer or a stride is not a multiple of its element's size.
   DELTANET_STATUS_MISALIGNED = 2,
-  // `struct_size` is smaller than any released header's, or unknown fields of a newer header are in use.
+  /// `struct_size` is smaller than any released header's, or unknown fields of a newer header are in use.
   DELTANET_STATUS_STRUCT_SIZE = 3,
-  // An enumeration has a value that this version does not know.
+  /// An enumeration has a value that this version does not know.
   DELTANET_STATUS_UNKNOWN_VALUE = 4,
-  // A tensor has a dtype that its role does not allow.
+  /// A tensor has a dtype that its role does not allow.
   DELTANET_STATUS_DTYPE = 5,
-  // A tensor's `ne` contradicts the other tensors or the operator's rules.
+  /// A tensor's `ne` contradicts the other tensors or the operator's rules.
   DELTANET_STATUS_SHAPE = 6,
-  // A tensor's `ne` and `nb` reach outside the address space.
+  /// A tensor's `ne` and `nb` reach outside the address space.
   DELTANET_STATUS_STRIDE = 7,
-  // An output overlaps another tensor, or itself.
+  /// An output overlaps another tensor, or itself.
   DELTANET_STATUS_OVERLAP = 8,
-  // A state row index is outside its pool, or two sequences meet in one row that is written.
+  /// A state row index is outside its pool, or two sequences meet in one row that is written.
   DELTANET_STATUS_ROW = 9,
-  // `cu_seqlens` does not start at 0, decreases, or ends past the last token.
+  /// `cu_seqlens` does not start at 0, decreases, or ends past the last token.
   DELTANET_STATUS_SEQUENCES = 10,
-  // `ith` is not below `nth`, or a thread count is out of range.
+  /// `ith` is not below `nth`, or a thread count is out of range.
   DELTANET_STATUS_THREADS = 11,
-  // The scratch or workspace is null or too small.
+  /// The scratch or workspace is null or too small.
   DELTANET_STATUS_SCRATCH = 12,
-  // The snapshot settings ask for more than the buffer holds, or contradict each other.
+  /// The snapshot settings ask for more than the buffer holds, or contradict each other.
   DELTANET_STATUS_SNAPSHOTS = 13,
-  // A floating-point setting is out of its range.
+  /// A floating-point setting is out of its range.
   DELTANET_STATUS_VALUE = 14,
-  // A valid request that this build or machine cannot serve.
+  /// A valid request that this build or machine cannot serve.
   DELTANET_STATUS_UNSUPPORTED = 15,
-  // Memory or threads could not be had.
+  /// Memory or threads could not be had.
   DELTANET_STATUS_OUT_OF_MEMORY = 16,
-  // The CUDA driver reported an error.
+  /// The CUDA driver reported an error.
   DELTANET_STATUS_CUDA = 17,
-  // A defect in this library: a panic was caught at the boundary.
+  /// A defect in this library: a panic was caught at the boundary.
   DELTANET_STATUS_INTERNAL = 18,
 };
 #ifndef __cplusplus
 typedef uint32_t deltanet_status;
 #endif // __cplusplus
 
-// Element type of a tensor.
+/// Element type of a tensor.
 enum deltanet_dtype
 #ifdef __cplusplus
   : uint32_t
 #endif // __cplusplus
  {
-  // IEEE single precision.
+  /// IEEE single precision.
   DELTANET_DTYPE_F32 = 0,
-  // IEEE half precision.
+  /// IEEE half precision.
   DELTANET_DTYPE_F16 = 1,
-  // bfloat16.
+  /// bfloat16.
   DELTANET_DTYPE_BF16 = 2,
-  // 32-bit signed integer (index tensors).
+  /// 32-bit signed integer (index tensors).
   DELTANET_DTYPE_I32 = 3,
-  // 64-bit signed integer (index tensors).
+  /// 64-bit signed integer (index tensors).
   DELTANET_DTYPE_I64 = 4,
 };
 #ifndef __cplusplus
 typedef uint32_t deltanet_dtype;
 #endif // __cplusplus
 
-// Which key head a value head uses.
+/// Which key head a value head uses.
 enum deltanet_head_map
 #ifdef __cplusplus
   : uint32_t
 #endif // __cplusplus
  {
-  // Key head `h % Hk` (ggml).
+  /// Key head `h % Hk` (ggml).
   DELTANET_HEAD_MAP_TILED = 0,
-  // Key head `h / (Hv / Hk)` (HF transformers, FLA, FlashInfer).
+  /// Key head `h / (Hv / Hk)` (HF transformers, FLA, FlashInfer).
   DELTANET_HEAD_MAP_GROUPED = 1,
 };
 #ifndef __cplusplus
 typedef uint32_t deltanet_head_map;
 #endif // __cplusplus
 
-// Which of a state's two channel axes comes first in its tensor.
+/// Which of a state's two channel axes comes first in its tensor.
 enum deltanet_state_layout
 #ifdef __cplusplus
   : uint32_t
 #endif // __cplusplus
  {
-  // Axis 0 is the key channel, axis 1 the value channel: `[v][k]` (ggml).
+  /// Axis 0 is the key channel, axis 1 the value channel: `[v][k]` (ggml).
   DELTANET_STATE_LAYOUT_KEY_CONTIGUOUS = 0,
-  // Axis 0 is the value channel, axis 1 the key channel: `[k][v]` (ik_llama.cpp, HF transformers).
+  /// Axis 0 is the value channel, axis 1 the key channel: `[k][v]` (ik_llama.cpp, HF transformers).
   DELTANET_STATE_LAYOUT_VALUE_CONTIGUOUS = 1,
 };
 #ifndef __cplusplus
 typedef uint32_t deltanet_state_layout;
 #endif // __cplusplus
 
-// What the beta tensor holds.
+/// What the beta tensor holds.
 enum deltanet_beta_kind
 #ifdef __cplusplus
   : uint32_t
 #endif // __cplusplus
  {
-  // beta itself.
+  /// beta itself.
   DELTANET_BETA_KIND_VALUE = 0,
-  // A logit: the operator applies the sigmoid.
+  /// A logit: the operator applies the sigmoid.
   DELTANET_BETA_KIND_LOGIT = 1,
 };
 #ifndef __cplusplus
 typedef uint32_t deltanet_beta_kind;
 #endif // __cplusplus
 
-// The order of snapshot slots.
+/// The order of snapshot slots.
 enum deltanet_snapshot_order
 #ifdef __cplusplus
   : uint32_t
 #endif // __cplusplus
  {
-  // Slot i is the state that i more tokens led away from (ggml).
+  /// Slot i is the state that i more tokens led away from (ggml).
   DELTANET_SNAPSHOT_ORDER_NEWEST_FIRST = 0,
-  // Slot 0 is the oldest of the states kept (ik_llama.cpp).
+  /// Slot 0 is the oldest of the states kept (ik_llama.cpp).
   DELTANET_SNAPSHOT_ORDER_OLDEST_FIRST = 1,
 };
 #ifndef __cplusplus
 typedef uint32_t deltanet_snapshot_order;
 #endif // __cplusplus
 
-// Arithmetic of the CUDA prompt kernels. Single tokens and the CPU are always exact.
+/// Arithmetic of the CUDA prompt kernels. Single tokens and the CPU are always exact.
 enum deltanet_precision
 #ifdef __cplusplus
   : uint32_t
 #endif // __cplusplus
  {
-  // As accurate as f32 arithmetic.
+  /// As accurate as f32 arithmetic.
   DELTANET_PRECISION_EXACT = 0,
-  // TF32 matrix products.
+  /// TF32 matrix products.
   DELTANET_PRECISION_TF32 = 1,
-  // bfloat16 matrix products.
+  /// bfloat16 matrix products.
   DELTANET_PRECISION_BF16 = 2,
 };
 #ifndef __cplusplus
 typedef uint32_t deltanet_precision;
 #endif // __cplusplus
 
-// A strided tensor that somebody else owns, in ggml's order: `ne[0]` and `nb[0]` belong to the innermost axis.
-//
-// Axes are (channel, head, token, sequence) for q, k, v, g, beta and out; for states they are (the channel that the
-// layout names contiguous, the other channel, head, row). Index tensors use axis 0 alone. A tensor whose `data` is
-// null is absent. Strides are in bytes and not negative; inputs may use stride 0 to broadcast.
+/// A strided tensor that somebody else owns, in ggml's order: `ne[0]` and `nb[0]` belong to the innermost axis.
+///
+/// Axes are (channel, head, token, sequence) for q, k, v, g, beta and out; for states they are (the channel that the
+/// layout names contiguous, the other channel, head, row). Index tensors use axis 0 alone. A tensor whose `data` is
+/// null is absent. Strides are in bytes and not negative; inputs may use stride 0 to broadcast.
 typedef struct deltanet_tensor {
-  // First element; aligned to the element's size.
+  /// First element; aligned to the element's size.
   void *data;
-  // Elements along each axis.
+  /// Elements along each axis.
   int64_t ne[4];
-  // Bytes between neighbours along each axis; multiples of the element's size.
+  /// Bytes between neighbours along each axis; multiples of the element's size.
   size_t nb[4];
-  // A `deltanet_dtype` value.
+  /// A `deltanet_dtype` value.
   uint32_t dtype;
-  // Zero.
+  /// Zero.
   uint32_t reserved;
 } deltanet_tensor;
 
-// One call of the gated delta rule (Yang et al., "Gated Delta Networks", arXiv 2412.06464; ggml's
-// GGML_OP_GATED_DELTA_NET). For every sequence b, value head h and token t, with a state S of k x v channels:
-//
-// - `S <- exp(g) * S`
-// - `d <- beta * (v - S^T k)`
-// - `S <- S + k d^T`
-// - `out <- scale * S^T q`
-//
-// All zeros with `struct_size` set means ggml's semantics; then fill in the tensors. S is the head size (a multiple
-// of 16 up to 1024), Hk and Hv the numbers of key and value heads, T tokens, B sequences. The struct only grows at
-// its end; fields past an older caller's `struct_size` count as zero.
+/// One call of the gated delta rule (Yang et al., "Gated Delta Networks", arXiv 2412.06464; ggml's
+/// GGML_OP_GATED_DELTA_NET). For every sequence b, value head h and token t, with a state S of k x v channels:
+///
+/// - `S <- exp(g) * S`
+/// - `d <- beta * (v - S^T k)`
+/// - `S <- S + k d^T`
+/// - `out <- scale * S^T q`
+///
+/// All zeros with `struct_size` set means ggml's semantics; then fill in the tensors. S is the head size (a multiple
+/// of 16 up to 1024), Hk and Hv the numbers of key and value heads, T tokens, B sequences. The struct only grows at
+/// its end; fields past an older caller's `struct_size` count as zero.
 typedef struct deltanet_params {
-  // `sizeof(deltanet_params)`.
+  /// `sizeof(deltanet_params)`.
   uint32_t struct_size;
-  // A `deltanet_head_map` value.
+  /// A `deltanet_head_map` value.
   uint32_t head_map;
-  // A `deltanet_state_layout` value, for state_in, state_out and snapshots.
+  /// A `deltanet_state_layout` value, for state_in, state_out and snapshots.
   uint32_t state_layout;
-  // A `deltanet_beta_kind` value.
+  /// A `deltanet_beta_kind` value.
   uint32_t beta_kind;
-  // Queries `[S, Hk, T, Bq]`, f32, f16 or bf16; B is a multiple of Bq, and sequence b reads `b / (B / Bq)`.
+  /// Queries `[S, Hk, T, Bq]`, f32, f16 or bf16; B is a multiple of Bq, and sequence b reads `b / (B / Bq)`.
   struct deltanet_tensor q;
-  // Keys, of q's shape.
+  /// Keys, of q's shape.
   struct deltanet_tensor k;
-  // Values `[S, Hv, T, B]`, f32, f16 or bf16; Hv is a multiple of Hk.
+  /// Values `[S, Hv, T, B]`, f32, f16 or bf16; Hv is a multiple of Hk.
   struct deltanet_tensor v;
-  // Log-decay `[1, Hv, T, B]` (gated delta net) or `[S, Hv, T, B]`, one per key channel (Kimi delta attention), f32.
+  /// Log-decay `[1, Hv, T, B]` (gated delta net) or `[S, Hv, T, B]`, one per key channel (Kimi delta attention), f32.
   struct deltanet_tensor g;
-  // beta `[1, Hv, T, B]`, f32.
+  /// beta `[1, Hv, T, B]`, f32.
   struct deltanet_tensor beta;
-  // State before the first token `[S, S, Hv, B]`, f32; with `rows_in`, a pool `[S, S, Hv, rows]`.
+  /// State before the first token `[S, S, Hv, B]`, f32; with `rows_in`, a pool `[S, S, Hv, rows]`.
   struct deltanet_tensor state_in;
-  // Output `[S, Hv, T, B]`, f32, f16 or bf16.
+  /// Output `[S, Hv, T, B]`, f32, f16 or bf16.
   struct deltanet_tensor out;
-  // State after the last token, like state_in; null where it is not wanted. It may be the same memory as state_in
-  // with the same strides (in place); any other overlap is an error.
+  /// State after the last token, like state_in; null where it is not wanted. It may be the same memory as state_in
+  /// with the same strides (in place); any other overlap is an error.
   struct deltanet_tensor state_out;
-  // Slot 0 of the snapshots `[S, S, Hv, B]`, f32; null without snapshots.
+  /// Slot 0 of the snapshots `[S, S, Hv, B]`, f32; null without snapshots.
   struct deltanet_tensor snapshots;
-  // Row of state_in that each sequence reads `[B]`, i32 or i64; null means row b.
+  /// Row of state_in that each sequence reads `[B]`, i32 or i64; null means row b.
   struct deltanet_tensor rows_in;
-  // Row of state_out that each sequence writes `[B]`, i32 or i64; null means row b. Rows are distinct, and where
-  // state_in and state_out are one pool, no sequence reads a row that another one writes.
+  /// Row of state_out that each sequence writes `[B]`, i32 or i64; null means row b. Rows are distinct, and where
+  /// state_in and state_out are one pool, no sequence reads a row that another one writes.
   struct deltanet_tensor rows_out;
-  // Variable-length batch `[B + 1]`, i32 or i64: sequence b owns tokens `cu_seqlens[b] .. cu_seqlens[b + 1]` of the
-  // one sequence that q, k, v, g, beta and out then have. Starts at 0, never decreases, ends at or before T.
+  /// Variable-length batch `[B + 1]`, i32 or i64: sequence b owns the tokens from `cu_seqlens[b]` to before
+  /// `cu_seqlens[b + 1]` of the one sequence that q, k, v, g, beta and out then have. Starts at 0, never decreases,
+  /// ends at or before T.
   struct deltanet_tensor cu_seqlens;
-  // Bytes between snapshot slots.
+  /// Bytes between snapshot slots.
   size_t snapshot_stride;
-  // Slots that the snapshot buffer holds; at least n_snapshots.
+  /// Slots that the snapshot buffer holds; at least n_snapshots.
   uint32_t snapshot_slots;
-  // K: how many states are kept, those after the last K tokens; slots past the tokens there are stay untouched.
+  /// K: how many states are kept, those after the last K tokens; slots past the tokens there are stay untouched.
   uint32_t n_snapshots;
-  // A `deltanet_snapshot_order` value.
+  /// A `deltanet_snapshot_order` value.
   uint32_t snapshot_order;
-  // How many of the newest states are left out of the snapshots (ik_llama.cpp: 1, the final state goes elsewhere).
+  /// How many of the newest states are left out of the snapshots (ik_llama.cpp: 1, the final state goes elsewhere).
   uint32_t snapshot_skip;
-  // Factor on the output; 0 means 1/sqrt(S).
+  /// Factor on the output; 0 means 1/sqrt(S).
   float scale;
-  // Upper clamp on g before exp; 0 means none (ik_llama.cpp: 50).
+  /// Upper clamp on g before exp; 0 means none (ik_llama.cpp: 50).
   float gate_max;
-  // The state is clamped to `[-state_clamp, state_clamp]` after every token, whose own output comes from the state
-  // before the clamp; 0 means not (ik_llama.cpp: 1e6).
+  /// The state is clamped to `[-state_clamp, state_clamp]` after every token, whose own output comes from the state
+  /// before the clamp; 0 means not (ik_llama.cpp: 1e6).
   float state_clamp;
-  // 1: q and k are L2-normalised per head inside the operator, `x / sqrt(sum(x^2) + qk_norm_eps)`; 0: they are not.
+  /// 1: q and k are L2-normalised per head inside the operator, `x / sqrt(sum(x^2) + qk_norm_eps)`; 0: they are not.
   uint32_t qk_norm;
-  // The epsilon of qk_norm (HF transformers, FLA: 1e-6).
+  /// The epsilon of qk_norm (HF transformers, FLA: 1e-6).
   float qk_norm_eps;
-  // A `deltanet_precision` value; read by the CUDA kernels alone.
+  /// A `deltanet_precision` value; read by the CUDA kernels alone.
   uint32_t precision;
 } deltanet_params;
 
@@ -256,61 +266,64 @@ typedef struct deltanet_params {
 extern "C" {
 #endif // __cplusplus
 
-// Checks a call on the CPU without making it: the same code as `deltanet_run`, the same status and message. Reads
-// `params` and the index tensors, touches no other data. Any thread, any number at a time.
-//
-// # Safety
-// `params` is null or points to a struct as large as its `struct_size` says; rows_in, rows_out and cu_seqlens, where
-// given, are as large as described.
+/// Checks a call on the CPU without making it: the same code as `deltanet_run`, the same status and message. Reads
+/// `params` and the index tensors, touches no other data. Any thread, any number at a time.
+///
+/// # Safety
+/// `params` is null or points to a struct as large as its `struct_size` says; rows_in, rows_out and cu_seqlens, where
+/// given, are as large as described.
 deltanet_status deltanet_supports(const struct deltanet_params *params);
 
-// Computes the operator on the CPU with `n_threads` threads of the library's own pool: 0 for one a processor, 1 for
-// the calling thread alone, at most 1024. Returns when all is written. The bits of the result do not depend on
-// `n_threads`. Any thread, any number of calls at a time; pools are kept between calls and shared. After a status
-// other than OK nothing was written.
-//
-// # Safety
-// As for `deltanet_supports`; also every tensor is as large as described, and for the time of the call nobody writes
-// to the inputs or touches the outputs.
+/// Computes the operator on the CPU with `n_threads` threads of the library's own pool: 0 for one a processor, 1 for
+/// the calling thread alone, at most 1024. Returns when all is written. The bits of the result do not depend on
+/// `n_threads`. Any thread, any number of calls at a time; pools are kept between calls and shared. After a status
+/// other than OK nothing was written.
+///
+/// # Safety
+/// As for `deltanet_supports`; also every tensor is as large as described, and for the time of the call nobody writes
+/// to the inputs or touches the outputs.
 deltanet_status deltanet_run(const struct deltanet_params *params, uint32_t n_threads);
 
-// Tells the bytes of scratch that each part of a run with `deltanet_run_part` needs, at any alignment; it does not
-// depend on the number of parts. Any thread.
-//
-// # Safety
-// As for `deltanet_supports`; `size` is null (an error) or writable.
+/// Tells the bytes of scratch that each part of a run with `deltanet_run_part` needs, at any alignment; it does not
+/// depend on the number of parts. Any thread.
+///
+/// # Safety
+/// As for `deltanet_supports`; `size` is null (an error) or writable.
 deltanet_status deltanet_scratch_size(const struct deltanet_params *params, size_t *size);
 
-// Computes part `ith` of `nth` (at most 1024) on the calling thread, for engines with threads of their own: no lock,
-// no allocation, no other thread. When all parts have returned OK, on any threads in any order, the result is
-// complete, with the same bits as `deltanet_run`'s. Every part gets the same `params` and scratch of its own.
-//
-// # Safety
-// As for `deltanet_run`, for the time of all parts together; `scratch` holds `scratch_size` bytes, used by this part
-// alone.
+/// Computes part `ith` of `nth` (at most 1024) on the calling thread, for engines with threads of their own: no lock,
+/// no allocation, no other thread. When all parts have returned OK, on any threads in any order, the result is
+/// complete, with the same bits as `deltanet_run`'s. Every part gets the same `params` and scratch of its own.
+///
+/// # Safety
+/// As for `deltanet_run`, for the time of all parts together; `scratch` holds `scratch_size` bytes, used by this part
+/// alone.
 deltanet_status deltanet_run_part(const struct deltanet_params *params,
                                   uint32_t ith,
                                   uint32_t nth,
                                   void *scratch,
                                   size_t scratch_size);
 
-// Says in words which kernel, instruction set, tile, tasks and scratch a CPU call gets. Writes at most `size` bytes
-// to `text`, the terminating zero included; cuts what does not fit. Any thread.
-//
-// # Safety
-// As for `deltanet_supports`; `text` is null (an error) or holds `size` writable bytes.
+/// Says in words which kernel, instruction set, tile, tasks and scratch a CPU call gets. Writes at most `size` bytes
+/// to `text`, the terminating zero included; cuts what does not fit. Any thread.
+///
+/// # Safety
+/// As for `deltanet_supports`; `text` is null (an error) or holds `size` writable bytes.
 deltanet_status deltanet_describe(const struct deltanet_params *params, char *text, size_t size);
 
-// The message of this thread's last call that did not return `DELTANET_STATUS_OK`, empty before one. It names the
-// argument, what it was and what it must be. Valid until this thread's next failing call; never null. Any thread.
+/// The message of this thread's last call that did not return `DELTANET_STATUS_OK`, empty before one. It names the
+/// argument, what it was and what it must be. Valid until this thread's next failing call; never null. Any thread.
 const char *deltanet_last_error(void);
 
-// The name of a status, such as "SHAPE"; "UNKNOWN" for a number that is none. Static; never null. Any thread.
+/// The name of a status, such as "SHAPE"; "UNKNOWN" for a number that is none. Static; never null. Any thread.
 const char *deltanet_status_name(uint32_t status);
 
-// Major version times 1 000 000, plus minor times 1 000, plus patch, of the library in use. The header's own is
-// `DELTANET_VERSION`. Any thread.
+/// Major version times 1 000 000, plus minor times 1 000, plus patch, of the library in use. The header's own is
+/// `DELTANET_VERSION`. Any thread.
 uint32_t deltanet_version(void);
+
+/// The version of the library in use as text, such as "0.1.0". Static; never null. Any thread.
+const char *deltanet_version_string(void);
 
 #ifdef __cplusplus
 }  // extern "C"

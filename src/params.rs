@@ -101,8 +101,9 @@ pub struct Params {
     /// Row of state_out that each sequence writes `[B]`, i32 or i64; null means row b. Rows are distinct, and where
     /// state_in and state_out are one pool, no sequence reads a row that another one writes.
     pub rows_out: Tensor,
-    /// Variable-length batch `[B + 1]`, i32 or i64: sequence b owns tokens `cu_seqlens[b] .. cu_seqlens[b + 1]` of the
-    /// one sequence that q, k, v, g, beta and out then have. Starts at 0, never decreases, ends at or before T.
+    /// Variable-length batch `[B + 1]`, i32 or i64: sequence b owns the tokens from `cu_seqlens[b]` to before
+    /// `cu_seqlens[b + 1]` of the one sequence that q, k, v, g, beta and out then have. Starts at 0, never decreases,
+    /// ends at or before T.
     pub cu_seqlens: Tensor,
     /// Bytes between snapshot slots.
     pub snapshot_stride: usize,

@@ -62,5 +62,22 @@ pub extern "C" fn deltanet_version() -> u32 {
     DELTANET_VERSION
 }
 
+/// The version of the library in use as text, such as "0.1.0". Static; never null. Any thread.
+#[unsafe(no_mangle)]
+pub extern "C" fn deltanet_version_string() -> *const c_char {
+    const TEXT: &str = concat!(env!("CARGO_PKG_VERSION"), "\0");
+    TEXT.as_ptr().cast()
+}
+
+/// The major version of this header.
+pub const DELTANET_VERSION_MAJOR: u32 = 0;
+
+/// The minor version of this header.
+pub const DELTANET_VERSION_MINOR: u32 = 1;
+
+/// The patch version of this header.
+pub const DELTANET_VERSION_PATCH: u32 = 0;
+
 /// The version of this header as `deltanet_version` counts: major * 1000000 + minor * 1000 + patch.
-pub const DELTANET_VERSION: u32 = 1_000;
+pub const DELTANET_VERSION: u32 =
+    DELTANET_VERSION_MAJOR * 1000000 + DELTANET_VERSION_MINOR * 1000 + DELTANET_VERSION_PATCH;

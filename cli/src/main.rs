@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 /// The gated delta net operator at the command line.
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "deltanet", version)]
 struct Command {
     #[command(subcommand)]
     task: Task,

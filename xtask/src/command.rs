@@ -1,6 +1,6 @@
 //! Running other programs, and where things are.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -43,4 +43,15 @@ pub fn output(command: &mut Command) -> Result<String> {
 /// Whether a program can be started.
 pub fn has(program: &str) -> bool {
     Command::new(program).arg("--version").output().is_ok_and(|output| output.status.success())
+}
+
+/// The golden cases in the tree.
+pub fn golden_cases() -> Result<Vec<PathBuf>> {
+    let folder = workspace().join("tests/data");
+    let files = std::fs::read_dir(&folder).with_context(|| format!("{} cannot be read", folder.display()))?;
+    let mut cases: Vec<PathBuf> = files.filter_map(|file| file.ok().map(|file| file.path())).collect();
+    cases.retain(|path| path.extension().is_some_and(|ending| ending == "safetensors"));
+    cases.sort();
+    ensure!(!cases.is_empty(), "{} has no golden cases", folder.display());
+    Ok(cases)
 }

@@ -1,6 +1,6 @@
 //! `cargo xtask demo`: from sources to a table of golden cases run by the C driver.
 
-use crate::command::{cargo, has, output, release, run, workspace};
+use crate::command::{cargo, golden_cases, has, output, release, run, workspace};
 use anyhow::{Context, Result, ensure};
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -51,16 +51,6 @@ fn build_driver() -> Result<PathBuf> {
     make.arg("--quiet").arg("-C").arg(examples);
     run(make.arg(variable("LIBDIR", &release())).arg(variable("BUILD", &folder)))?;
     Ok(folder.join("driver"))
-}
-
-fn golden_cases() -> Result<Vec<PathBuf>> {
-    let folder = workspace().join("tests/data");
-    let files = std::fs::read_dir(&folder).with_context(|| format!("{} cannot be read", folder.display()))?;
-    let mut cases: Vec<PathBuf> = files.filter_map(|file| file.ok().map(|file| file.path())).collect();
-    cases.retain(|path| path.extension().is_some_and(|ending| ending == "safetensors"));
-    cases.sort();
-    ensure!(!cases.is_empty(), "{} has no golden cases", folder.display());
-    Ok(cases)
 }
 
 /// The `key=value` words of a line.

@@ -2,8 +2,12 @@
 
 mod cache;
 mod command;
+mod consumers;
 mod demo;
 mod ik;
+mod dist;
+mod install;
+mod python;
 mod test;
 
 use anyhow::Result;
@@ -32,6 +36,12 @@ enum Task {
         #[arg(long, default_value_t = 5)]
         rounds: usize,
     },
+    /// Install library, header, CMake and pkg-config files and the command.
+    Install(install::Options),
+    /// Build the examples against an installed library, with CMake and pkg-config, and run them.
+    Consumers,
+    /// Make the release archive in target/dist, list and test it.
+    Dist(dist::Options),
 }
 
 fn main() -> ExitCode {
@@ -50,5 +60,8 @@ fn run(task: Task) -> Result<()> {
         Task::Test => test::run_all(),
         Task::Ik { model, speed: false, .. } => ik::check(&ik::fetch(&cache::root()?)?, &model),
         Task::Ik { model, threads, rounds, .. } => ik::speed(&ik::fetch(&cache::root()?)?, &model, threads, rounds),
+        Task::Install(options) => install::install(&options),
+        Task::Consumers => consumers::test(),
+        Task::Dist(options) => dist::dist(&options),
     }
 }

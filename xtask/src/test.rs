@@ -1,6 +1,7 @@
 //! `cargo xtask test`: set-up, then every check that guards main.
 
 use crate::command::{cargo, has, run};
+use crate::{consumers, dist};
 use anyhow::Result;
 use std::process::Command;
 
@@ -11,12 +12,17 @@ pub fn run_all() -> Result<()> {
     step("lints", cargo().args(["clippy", "--workspace", "--all-targets", "--release", "--", "-D", "warnings"]))?;
     step("build", cargo().args(["build", "--workspace", "--release"]))?;
     step("tests", cargo().args(["test", "--workspace", "--release"]))?;
+    println!("== installed");
+    consumers::test()?;
+    println!("== archive");
+    dist::verify(&dist::pack()?)?;
     Ok(())
 }
 
 /// Programs that some tests use and skip without: installed where we may, announced where not.
 fn set_up() {
-    let missing: Vec<&str> = ["valgrind"].into_iter().filter(|program| !has(program)).collect();
+    let missing: Vec<&str> =
+        ["valgrind", "pkg-config"].into_iter().filter(|program| !has(program)).collect();
     if missing.is_empty() {
         return;
     }

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! [`params`] is what a caller writes, [`problem`] the only validator, [`plan`] the only place that chooses a kernel,
-//! [`cpu`] the kernels and how they are spread over threads, [`cuda`] the kernels and how they get onto a stream, [`reference`] the same equations in f64 as the oracle of
+//! [`cpu`] the kernels and how they are spread over threads, [`cuda`] the kernels and how they get onto a stream,
+//! [`mod@reference`] the same equations in f64 as the oracle of
 //! every test, `capi` the exported functions, [`safe`] the same for Rust programs. Engines' own structures are
 //! translated to [`params::Params`] at the edge and nowhere else.
 

@@ -1,6 +1,6 @@
 //! CPU kernels: which instruction set, which algorithm, how the work is split.
 //!
-//! An algorithm is written once over [`simd::Simd`]; [`kernels`] instantiates it for each [`Isa`].
+//! An algorithm is written once over `simd::Simd`; `kernels` instantiates it for each `Isa`.
 
 #![allow(clippy::needless_range_loop, reason = "indices count registers: loops that the compiler must unroll whole")]
 

@@ -6,7 +6,9 @@ mod consumers;
 mod demo;
 mod ik;
 mod dist;
+mod docs;
 mod install;
+mod links;
 mod python;
 mod test;
 
@@ -42,6 +44,8 @@ enum Task {
     Consumers,
     /// Make the release archive in target/dist, list and test it.
     Dist(dist::Options),
+    /// Build the reference pages and check the links.
+    Docs,
 }
 
 fn main() -> ExitCode {
@@ -63,5 +67,6 @@ fn run(task: Task) -> Result<()> {
         Task::Install(options) => install::install(&options),
         Task::Consumers => consumers::test(),
         Task::Dist(options) => dist::dist(&options),
+        Task::Docs => docs::docs(),
     }
 }

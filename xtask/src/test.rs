@@ -1,7 +1,7 @@
 //! `cargo xtask test`: set-up, then every check that guards main.
 
 use crate::command::{cargo, has, run};
-use crate::{consumers, dist};
+use crate::{consumers, dist, docs};
 use anyhow::Result;
 use std::process::Command;
 
@@ -16,13 +16,15 @@ pub fn run_all() -> Result<()> {
     consumers::test()?;
     println!("== archive");
     dist::verify(&dist::pack()?)?;
+    println!("== docs");
+    docs::docs()?;
     Ok(())
 }
 
 /// Programs that some tests use and skip without: installed where we may, announced where not.
 fn set_up() {
     let missing: Vec<&str> =
-        ["valgrind", "pkg-config"].into_iter().filter(|program| !has(program)).collect();
+        ["valgrind", "doxygen", "pkg-config"].into_iter().filter(|program| !has(program)).collect();
     if missing.is_empty() {
         return;
     }

@@ -6,3 +6,4 @@ pub mod cuda;
 pub mod golden;
 pub mod info;
 mod isa;
+pub mod models;

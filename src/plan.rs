@@ -39,8 +39,8 @@ impl Plan {
         let chunked = !problem.channel_gate() && s <= chunked::MAX_HEAD_SIZE;
         let (chunk, crossover) = match isa {
             Isa::Scalar => (16, 16),
-            Isa::Avx2 => (24, 12),
-            Isa::Avx512 => (24, 12),
+            Isa::Avx2 => (24, 8),
+            Isa::Avx512 => (24, 8),
         };
         let chunk = if chunked { chunk } else { 0 };
         let floats = recurrent::scratch_floats(s).max(if chunked { chunked::scratch_floats(s) } else { 0 });

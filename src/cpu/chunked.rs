@@ -14,7 +14,7 @@
 use super::pieces::{PIECE, by_head, locate};
 use super::rows::{Columns, load_row, store_row};
 use super::simd::Simd;
-use super::step::{self, Place};
+use super::step::{self, Path, Place};
 use super::tile::{Left, Tile, product, tiles};
 use super::token::{Batch, load_beta, normalise};
 use crate::problem::{Problem, StateView};
@@ -471,13 +471,14 @@ impl Slabs<'_> {
         unsafe {
             let batch = Batch::new(scratch.add(at.token), s);
             let place = Place { at: self.state.add(slab * s * width), pitch: width };
+            let path = Path { from: place, to: place, next: [Place::NULL; 2] };
             for i in 0..self.length {
                 let mut value = [0.0; PIECE];
                 batch.prepare::<S>(p, self.task.sequence, self.head, self.t + i, 1);
                 let first = self.columns.start + slab * width;
                 load_row::<S>(&p.v, first, width, [self.head, self.t + i, sequence], value.as_mut_ptr());
                 let out = self.v.add(i * PITCH + slab * width);
-                step::columns::<S, NV>(&batch.token(p, 0), place, place, value.as_ptr(), out, s);
+                step::columns::<S, NV>(&batch.token(p, 0), path, value.as_ptr(), out, s);
             }
         }
     }

@@ -6,7 +6,7 @@
 
 use super::rows::{Columns, load_row, store_row};
 use super::simd::Simd;
-use super::step::{self, Place};
+use super::step::{self, Path, Place};
 use super::token::{BATCH, Batch, Token};
 use crate::problem::{Problem, StateView};
 use std::ops::Range;
@@ -91,15 +91,7 @@ trait Advance {
 
     /// # Safety
     /// As for the step behind it, with `width` columns, a multiple of 16.
-    unsafe fn step<S: Simd>(
-        t: &Token,
-        from: Place,
-        to: Place,
-        value: *const f32,
-        out: *mut f32,
-        s: usize,
-        width: usize,
-    );
+    unsafe fn step<S: Simd>(t: &Token, path: Path, value: *const f32, out: *mut f32, s: usize, width: usize);
 }
 
 struct AsRows;
@@ -109,9 +101,9 @@ impl Advance for AsRows {
     const ROWS: bool = true;
 
     #[inline(always)]
-    unsafe fn step<S: Simd>(t: &Token, from: Place, to: Place, value: *const f32, out: *mut f32, s: usize, _: usize) {
+    unsafe fn step<S: Simd>(t: &Token, path: Path, value: *const f32, out: *mut f32, s: usize, _: usize) {
         // SAFETY: passed on; the width is 16.
-        unsafe { step::rows::<S>(t, from, to, value, out, s) }
+        unsafe { step::rows::<S>(t, path, value, out, s) }
     }
 }
 
@@ -122,25 +114,17 @@ impl<const NV: usize, const NH: usize> Advance for AsColumns<NV, NH> {
     const ROWS: bool = false;
 
     #[inline(always)]
-    unsafe fn step<S: Simd>(
-        t: &Token,
-        from: Place,
-        to: Place,
-        value: *const f32,
-        out: *mut f32,
-        s: usize,
-        width: usize,
-    ) {
-        let right = |place: Place, at: usize| Place { at: place.at.wrapping_add(at), ..place };
+    unsafe fn step<S: Simd>(t: &Token, path: Path, value: *const f32, out: *mut f32, s: usize, width: usize) {
+        let right = |at: usize| Path { from: path.from.right(at), to: path.to.right(at), ..path };
         let mut at = 0;
         // SAFETY: passed on; the pieces lie inside the width.
         unsafe {
             while at + NV * S::LANES <= width {
-                step::columns::<S, NV>(t, right(from, at), right(to, at), value.add(at), out.add(at), s);
+                step::columns::<S, NV>(t, right(at), value.add(at), out.add(at), s);
                 at += NV * S::LANES;
             }
             while at < width {
-                step::columns::<S, NH>(t, right(from, at), right(to, at), value.add(at), out.add(at), s);
+                step::columns::<S, NH>(t, right(at), value.add(at), out.add(at), s);
                 at += NH * S::LANES;
             }
         }
@@ -173,6 +157,12 @@ unsafe fn direct<S: Simd, A: Advance>(p: &Problem, run: &Run, scratch: *mut f32)
         for column in run.columns.clone().step_by(A::WIDTH) {
             let width = A::WIDTH.min(run.columns.end - column);
             let mut state = place(run.source, column);
+            let ahead = if column + width < run.columns.end {
+                let next = |state| place(state, column + width);
+                [next(run.source), destination.map_or(Place::NULL, next)]
+            } else {
+                [Place::NULL; 2]
+            };
             for t in run.tokens.clone() {
                 let (mut value, mut out) = ([0.0; BLOCK], [0.0; BLOCK]);
                 let at = [head, range.start + t, sequence];
@@ -180,7 +170,8 @@ unsafe fn direct<S: Simd, A: Advance>(p: &Problem, run: &Run, scratch: *mut f32)
                 let last = if t + 1 == range.len() { destination } else { None };
                 let to = slot(t).or(last).map_or(between, |state| place(state, column));
                 let token = batch.token(p, t - run.tokens.start);
-                A::step::<S>(&token, state, to, value.as_ptr(), out.as_mut_ptr(), s, width);
+                let next = if t + 1 == run.tokens.end { ahead } else { [Place::NULL; 2] };
+                A::step::<S>(&token, Path { from: state, to, next }, value.as_ptr(), out.as_mut_ptr(), s, width);
                 state = to;
                 store_row::<S>(&p.out, column, width, at, out.as_ptr());
             }
@@ -221,12 +212,13 @@ unsafe fn resident<S: Simd, const NV: usize, const NH: usize>(p: &Problem, run: 
             batch.prepare::<S>(p, b, head, range.start + start, count);
             for (first, width) in blocks() {
                 let place = Place { at: block(first), pitch: width };
+                let path = Path { from: place, to: place, next: [Place::NULL; 2] };
                 for t in start..start + count {
                     let (mut value, mut out) = ([0.0; BLOCK], [0.0; BLOCK]);
                     let at = [head, range.start + t, sequence];
                     load_row::<S>(&p.v, first, width, at, value.as_mut_ptr());
                     let token = batch.token(p, t - start);
-                    AsColumns::<NV, NH>::step::<S>(&token, place, place, value.as_ptr(), out.as_mut_ptr(), s, width);
+                    AsColumns::<NV, NH>::step::<S>(&token, path, value.as_ptr(), out.as_mut_ptr(), s, width);
                     store_row::<S>(&p.out, first, width, at, out.as_ptr());
                     if let Some(kept) = &p.snapshots
                         && let Some(slot) = kept.slot(t, range.len())

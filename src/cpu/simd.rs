@@ -52,6 +52,22 @@ pub trait Simd: Copy + 'static {
     unsafe fn load_bf16(p: *const u16) -> Self::V;
     unsafe fn store_f16(p: *mut u16, v: Self::V);
     unsafe fn store_bf16(p: *mut u16, v: Self::V);
+    /// Asks for the cache line at any address, valid or not.
+    #[inline(always)]
+    unsafe fn prefetch(p: *const f32) {
+        #[cfg(target_arch = "x86_64")]
+        _mm_prefetch::<_MM_HINT_T0>(p.cast());
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = p;
+    }
+    /// The same, to be written.
+    #[inline(always)]
+    unsafe fn prefetch_to_write(p: *const f32) {
+        #[cfg(target_arch = "x86_64")]
+        _mm_prefetch::<_MM_HINT_ET0>(p.cast());
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = p;
+    }
 
     /// e^x, about 1 ulp; 0 below -104, infinity above 88.8, NaN for NaN.
     #[inline(always)]

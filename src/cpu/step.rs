@@ -13,16 +13,40 @@ pub struct Place {
     pub pitch: usize,
 }
 
+/// Floats of a cache line.
+const LINE: usize = 16;
+
+impl Place {
+    /// None.
+    pub const NULL: Place = Place { at: std::ptr::null_mut(), pitch: 0 };
+
+    /// The place `floats` further on.
+    pub fn right(self, floats: usize) -> Place {
+        Place { at: self.at.wrapping_add(floats), ..self }
+    }
+}
+
+/// A step's way through memory: `from` and `to` are the same or apart; `next` is what will be read and written after
+/// this block, or null.
+#[derive(Clone, Copy)]
+pub struct Path {
+    pub from: Place,
+    pub to: Place,
+    pub next: [Place; 2],
+}
+
 /// Columns that [`rows`] advances.
 pub const ROWS: usize = 16;
 
-/// Advances `ROWS` value columns whose key channels are contiguous.
+/// Advances `ROWS` value columns whose key channels are contiguous. Rows are too short for the processor's own
+/// prefetching: the next block is asked for here.
 ///
 /// # Safety
 /// `from` and `to` are `ROWS` rows of `s` floats, the same or apart, `value` and `out` hold `ROWS`; LANES is at
 /// least 2.
 #[inline(always)]
-pub unsafe fn rows<S: Simd>(token: &Token, from: Place, to: Place, value: *const f32, out: *mut f32, s: usize) {
+pub unsafe fn rows<S: Simd>(token: &Token, path: Path, value: *const f32, out: *mut f32, s: usize) {
+    let Path { from, to, next } = path;
     let group = S::LANES / 2;
     let mut sums = [0.0; 2 * ROWS];
     let mut delta = [0.0; ROWS];
@@ -55,6 +79,13 @@ pub unsafe fn rows<S: Simd>(token: &Token, from: Place, to: Place, value: *const
             let (row, new) = (from.at.add(first * from.pitch), to.at.add(first * to.pitch));
             for i in (0..s).step_by(S::LANES) {
                 let (k, decay) = (S::load(token.k.add(i)), S::load(token.decay.add(i)));
+                if !next[0].at.is_null() && i.is_multiple_of(LINE) {
+                    for r in 0..group {
+                        let at = |place: Place| place.at.wrapping_add((first + r) * place.pitch + i);
+                        S::prefetch(at(next[0]));
+                        S::prefetch_to_write(at(next[1]));
+                    }
+                }
                 for r in 0..group {
                     let state = S::mul(decay, S::load(row.add(r * from.pitch + i)));
                     let state = S::fma(d[r], k, state);
@@ -70,14 +101,8 @@ pub unsafe fn rows<S: Simd>(token: &Token, from: Place, to: Place, value: *const
 /// # Safety
 /// `from` and `to` are `s` rows of `NV * LANES` floats, the same or apart, `value` and `out` hold as many.
 #[inline(always)]
-pub unsafe fn columns<S: Simd, const NV: usize>(
-    token: &Token,
-    from: Place,
-    to: Place,
-    value: *const f32,
-    out: *mut f32,
-    s: usize,
-) {
+pub unsafe fn columns<S: Simd, const NV: usize>(token: &Token, path: Path, value: *const f32, out: *mut f32, s: usize) {
+    let Path { from, to, .. } = path;
     // SAFETY: i < s and v < NV keep every access inside what the caller promises.
     unsafe {
         let old = |i: usize, v: usize| from.at.add(i * from.pitch + v * S::LANES);

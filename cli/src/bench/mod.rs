@@ -286,8 +286,8 @@ fn time(
             case.run(&problem, &plan, team);
             Ok(())
         })?;
-        let copy = machine::copy(&case.state, &mut copied, team, threads);
         let theirs = graph.as_ref().map(|graph| seconds(&mut || graph.run())).transpose()?;
+        let copy = machine::copy(&case.state, &mut copied, team, threads);
         let iks = call.as_mut().map(|call| seconds(&mut || call.run(&case, options.in_place, team))).transpose()?;
         // A few rounds are enough to see the peak; it takes longer than a token.
         if round % 8 == 0 {

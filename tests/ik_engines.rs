@@ -47,9 +47,10 @@ fn run(version: u32, way: Way, head_size: u32) -> ([Own; 2], String) {
         cc
     };
     let deltanet = |cc: &mut Command| {
+        // A program asks for the library by its SONAME. It may stay from an earlier run.
+        let _ = std::os::unix::fs::symlink(library::path(), folder.join("libdeltanet.so.0"));
         // Nothing in the program refers to deltanet, which the linker would take as a reason to drop it.
-        cc.args(["-Wl,--no-as-needed", "-L"]).arg(library::folder()).arg("-ldeltanet");
-        cc.arg(format!("-Wl,-rpath,{}", library::folder().display()));
+        cc.arg("-Wl,--no-as-needed").arg(library::path()).arg(format!("-Wl,-rpath,{}", folder.display()));
     };
     let program = folder.join("program");
     let mut link = compiler();

@@ -88,6 +88,8 @@ impl Bench {
         ensure!(ours.is_file(), "{} is not there: cargo build --release makes it", ours.display());
         let folder = release().join("ik");
         std::fs::create_dir_all(&folder)?;
+        // A linked program asks for the library by its SONAME. It may stay from an earlier run.
+        let _ = std::os::unix::fs::symlink(&ours, folder.join("libdeltanet.so.0"));
         let bench = Bench { engine: engine.to_path_buf(), ours, folder };
         for way in [Way::Without, Way::LinkedFirst] {
             let libraries = bench.engine.join("ik_llama_cpp/lib");
@@ -95,11 +97,11 @@ impl Bench {
             cc.args(["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-o"]).arg(bench.c_program(way));
             cc.arg("-isystem").arg(bench.engine.join("include")).arg(workspace().join("tests/ik/greedy.c"));
             if way == Way::LinkedFirst {
-                cc.args(["-Wl,--no-as-needed", "-L"]).arg(release()).arg("-ldeltanet");
+                cc.arg("-Wl,--no-as-needed").arg(&bench.ours);
             }
             // The wheel's libraries know where their own are; the linker need not.
             cc.arg("-L").arg(&libraries).args(["-lllama", "-Wl,--allow-shlib-undefined"]);
-            run(cc.arg(format!("-Wl,-rpath,{}:{}", release().display(), libraries.display())))?;
+            run(cc.arg(format!("-Wl,-rpath,{}:{}", bench.folder.display(), libraries.display())))?;
         }
         Ok(bench)
     }

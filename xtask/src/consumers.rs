@@ -13,6 +13,9 @@ use std::process::Command;
 /// The version of CMake to fetch where there is none.
 const CMAKE: &str = "3.31.6";
 
+/// The header and the examples give no warnings to those who ask for many.
+const WARNINGS: &str = "-O2 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror";
+
 #[derive(Parser)]
 struct Line {
     #[command(flatten)]
@@ -75,7 +78,8 @@ impl Site<'_> {
                 .arg("-C")
                 .arg(self.examples.join("pkg-config"))
                 .arg(format!("BUILD={}", build.display()))
-                .arg(format!("STATIC={value}")))?;
+                .arg(format!("STATIC={value}"))
+                .args(["CFLAGS", "CXXFLAGS"].map(|flags| format!("{flags}={WARNINGS}"))))?;
             self.run_examples(&build, kind)?;
         }
         Ok(())

@@ -132,6 +132,7 @@ mod tests {
         let root = std::env::temp_dir().join(format!("deltanet-links-{}", std::process::id()));
         fs::create_dir_all(root.join("docs")).expect("a temporary folder");
         fs::write(root.join("docs/there.md"), "# Here\n").expect("a temporary file");
+        fs::write(root.join("docs/page.md"), "# Top\n").expect("a temporary file");
         let page = Page::parse("# Top\n");
         let at = |link: &str| resolve(&root, Path::new("docs/page.md"), &page, link);
         for good in ["there.md", "./there.md#here", "../docs/there.md", "#top", "https://example.com/x", "../docs"] {

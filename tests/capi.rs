@@ -3,21 +3,9 @@
 #[path = "support/library.rs"]
 mod library;
 
-use library::{folder, has, output, root};
+use library::{compile, has, output, root};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-
-/// Compiles C sources as an engine's author would, all warnings being errors.
-fn compile(name: &str, sources: &[&str]) -> PathBuf {
-    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-    let mut cc = Command::new("cc");
-    cc.args(["-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Werror"]);
-    cc.arg("-I").arg(root().join("include")).args(sources.iter().map(|source| root().join(source)));
-    cc.arg("-o").arg(&program).arg("-L").arg(folder());
-    cc.arg(format!("-Wl,-rpath,{}", folder().display())).args(["-ldeltanet", "-lpthread", "-lm"]);
-    output(&mut cc);
-    program
-}
 
 fn bad_input(name: &str) -> PathBuf {
     compile(name, &["tests/c/bad_input.c"])

@@ -47,7 +47,8 @@ impl Case {
         Case::parse(path, &bytes).with_context(|| format!("{} is no golden case", path.display()))
     }
 
-    fn parse(path: &Path, bytes: &[u8]) -> Result<Case> {
+    /// Checks the bytes of a file; `path` gives the case its name.
+    pub fn parse(path: &Path, bytes: &[u8]) -> Result<Case> {
         let (_, header) = SafeTensors::read_metadata(bytes)?;
         let file = SafeTensors::deserialize(bytes)?;
         let metadata = header.metadata().clone().unwrap_or_default();

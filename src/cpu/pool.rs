@@ -5,7 +5,7 @@
 //! with the process' number behind it, and a child leaves its parent's pools where they are and starts with none.
 
 use crate::error::{Error, Result, Status};
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Thread counts that a process uses at a time; a host that tries many must not pile up idle threads.
@@ -14,8 +14,9 @@ const KEPT: usize = 4;
 /// What one process has of pools. Never freed: another thread may be about to look.
 struct Pools {
     process: u32,
-    /// CPUs that the process may use at most, control groups included. Finding out reads files, so it is done once.
-    processors: usize,
+    /// CPUs in the affinity mask that was looked at last (upper half), and how many threads that means under the limits
+    /// of the control group. Finding the limits reads files, so that it is done again only for another mask.
+    processors: AtomicU64,
     /// Used last comes first.
     kept: Mutex<Vec<Arc<rayon::ThreadPool>>>,
 }
@@ -35,7 +36,7 @@ impl Pools {
             }
             let fresh = Box::into_raw(Box::new(Pools {
                 process,
-                processors: std::thread::available_parallelism().map_or(1, usize::from),
+                processors: AtomicU64::new(0),
                 kept: Mutex::new(Vec::with_capacity(KEPT + 1)),
             }));
             match CURRENT.compare_exchange(current, fresh, Ordering::AcqRel, Ordering::Acquire) {
@@ -53,22 +54,43 @@ impl Pools {
 
 /// CPUs that the calling thread may use: its affinity mask, and the limits of the process' control group.
 pub fn processors() -> usize {
-    let most = Pools::get().processors;
     // SAFETY: an all-zero cpu_set_t is an empty set; the kernel writes at most its size.
     let mask = unsafe {
         let mut mask: libc::cpu_set_t = std::mem::zeroed();
         let got = libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut mask);
-        (got == 0).then(|| libc::CPU_COUNT(&mask) as usize)
+        if got == 0 { libc::CPU_COUNT(&mask) as u32 } else { u32::MAX }
     };
-    mask.unwrap_or(most).min(most).max(1)
+    let seen = &Pools::get().processors;
+    let known = seen.load(Ordering::Relaxed);
+    if (known >> 32) as u32 == mask {
+        return (known as u32) as usize;
+    }
+    let processors = std::thread::available_parallelism().map_or(1, usize::from).min(super::MAX_THREADS);
+    seen.store(u64::from(mask) << 32 | processors as u64, Ordering::Relaxed);
+    processors
+}
+
+/// Refuses where memory is so short that `bytes` cannot be had. What follows allocates less than that in small pieces
+/// by code that can only abort when it fails.
+fn spare(bytes: usize) -> Result<()> {
+    let mut memory = Vec::<u8>::new();
+    let reserved = memory.try_reserve_exact(bytes);
+    // Compilers may leave out an allocation that nobody looks at.
+    std::hint::black_box(memory.as_ptr());
+    reserved.map_err(|_| {
+        let words = format_args!("{bytes} bytes that starting threads takes could not be had");
+        Error::compose(Status::OutOfMemory, words)
+    })
 }
 
 /// A pool of that many threads, from the few used last.
 pub fn pool(threads: usize) -> Result<Arc<rayon::ThreadPool>> {
+    spare((16 << 10) + threads * (1 << 10))?;
     let mut kept = Pools::get().kept.lock().unwrap_or_else(PoisonError::into_inner);
     let pool = match kept.iter().position(|pool| pool.current_num_threads() == threads) {
         Some(at) => kept.remove(at),
         None => {
+            spare((64 << 10) + threads * (8 << 10))?;
             let named = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("deltanet-{i}"));
             Arc::new(named.build().map_err(|error| {
                 let words = format_args!("a pool of {threads} threads could not be started: {error}");

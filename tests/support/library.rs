@@ -36,3 +36,15 @@ pub fn output(command: &mut Command) -> String {
     assert!(status.success(), "{command:?}: {status}\n{stdout}\n{stderr}");
     stdout.into_owned()
 }
+
+/// Compiles C sources as an engine's author would, all warnings being errors.
+pub fn compile(name: &str, sources: &[&str]) -> PathBuf {
+    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let mut cc = Command::new("cc");
+    cc.args(["-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Werror"]);
+    cc.arg("-I").arg(root().join("include")).args(sources.iter().map(|source| root().join(source)));
+    cc.arg("-o").arg(&program).arg("-L").arg(folder());
+    cc.arg(format!("-Wl,-rpath,{}", folder().display())).args(["-ldeltanet", "-lpthread", "-lm"]);
+    output(&mut cc);
+    program
+}

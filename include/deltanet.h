@@ -311,6 +311,35 @@ deltanet_status deltanet_run_part(const struct deltanet_params *params,
 /// As for `deltanet_supports`; `text` is null (an error) or holds `size` writable bytes.
 deltanet_status deltanet_describe(const struct deltanet_params *params, char *text, size_t size);
 
+/// Loads the CUDA kernels into this thread's current context. To be called once in each context before
+/// `deltanet_cuda_run`, outside of any stream capture; later calls return at once. The context may be the driver API's
+/// or the runtime's (after any runtime call, such as `cudaFree(0)`). UNSUPPORTED without a driver, on devices below
+/// compute capability 7.5, and in a library built without nvcc. Any thread, any number at a time.
+deltanet_status deltanet_cuda_prepare(void);
+
+/// Checks a call of `deltanet_cuda_run` without making it and tells the bytes of device memory that it needs as a
+/// workspace; 0 means that `workspace` may be null. Needs no driver and no context. Any thread.
+///
+/// # Safety
+/// `params` is null or points to a struct as large as its `struct_size` says; `size` is null (an error) or writable.
+deltanet_status deltanet_cuda_workspace_size(const struct deltanet_params *params, size_t *size);
+
+/// Computes the operator on a CUDA stream: `stream` is a `CUstream` or `cudaStream_t` of this thread's current context,
+/// or null for the default stream. All tensors, index tensors too, are in memory of that context's device. Returns when
+/// the work is queued; allocates nothing, waits for nothing, and may be captured into a graph. Device memory cannot be
+/// looked at from here: a sequence whose row in rows_in or rows_out is outside its pool is left out, its outputs
+/// untouched, and cu_seqlens is held inside 0 to T. `workspace` has the bytes that `deltanet_cuda_workspace_size` tells
+/// and is in use until the stream has done the work. Any thread, any number at a time. After a status other than OK
+/// nothing was queued. Head sizes to 256; f32, f16 and bf16 tensors; all arithmetic is f32.
+///
+/// # Safety
+/// `params` is null or points to a struct as large as its `struct_size` says. Every tensor is as large as described,
+/// and until the stream has done the work nobody writes to the inputs or touches the outputs.
+deltanet_status deltanet_cuda_run(const struct deltanet_params *params,
+                                  void *workspace,
+                                  size_t workspace_size,
+                                  void *stream);
+
 /// The message of this thread's last call that did not return `DELTANET_STATUS_OK`, empty before one. It names the
 /// argument, what it was and what it must be. Valid until this thread's next failing call; never null. Any thread.
 const char *deltanet_last_error(void);

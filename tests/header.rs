@@ -41,3 +41,16 @@ fn header_compiles_alone() {
         );
     }
 }
+
+/// The first thing that a reader copies.
+#[test]
+fn readme_example_compiles() {
+    let readme = std::fs::read_to_string(root().join("README.md")).expect("the README is there");
+    let (_, rest) = readme.split_once("```c\n").expect("the README has C code");
+    let (code, _) = rest.split_once("```").expect("the code ends");
+    let source = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("readme.c");
+    std::fs::write(&source, format!("#include <stdio.h>\n{code}")).expect("the scratch folder is writable");
+    let mut command = Command::new("cc");
+    command.args(["-std=c11", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-I"]).arg(root().join("include"));
+    assert!(command.arg(&source).status().expect("a compiler is installed").success(), "the README's C code is wrong");
+}

@@ -50,6 +50,7 @@ fn build() -> Result<(), String> {
     let mut hasher = DefaultHasher::new();
     (version.stdout, &archs).hash(&mut hasher);
     let mut sources: Vec<_> = fs::read_dir("kernels").map_err(|e| e.to_string())?.flatten().map(|e| e.path()).collect();
+    sources.push("build.rs".into()); // for the compiler's options
     sources.sort();
     for source in sources {
         (&source, fs::read(&source).map_err(|e| format!("{}: {e}", source.display()))?).hash(&mut hasher);
@@ -57,22 +58,28 @@ fn build() -> Result<(), String> {
     let key = hasher.finish();
     for kernel in KERNELS {
         let image = out.join(format!("{kernel}.fatbin"));
+        let log = image.with_extension("ptxas");
         // Compiling takes minutes, and cargo makes build scripts run again for other profiles and lints.
         let kept = cache().map(|cache| cache.join(format!("kernels/{kernel}-{key:016x}.fatbin")));
         if let Some(kept) = kept.as_ref().filter(|kept| kept.is_file()) {
-            fs::copy(kept, &image).map_err(|e| format!("{}: {e}", kept.display()))?;
+            for (from, to) in [(kept, &image), (&kept.with_extension("ptxas"), &log)] {
+                fs::copy(from, to).map_err(|e| format!("{}: {e}", from.display()))?;
+            }
             continue;
         }
-        compile(&nvcc, kernel, &archs, &image)?;
+        write(&log, &compile(&nvcc, kernel, &archs, &image)?)?;
         if let Some(kept) = kept {
+            keep(&log, &kept.with_extension("ptxas"));
             keep(&image, &kept);
         }
     }
+    println!("cargo::rustc-env=DELTANET_KERNELS={}", out.display());
     println!("cargo::rustc-cfg=deltanet_nvcc");
     Ok(())
 }
 
-fn compile(nvcc: &Path, kernel: &str, archs: &str, image: &Path) -> Result<(), String> {
+/// Makes the image and returns what ptxas says of registers and spills, which a test reads.
+fn compile(nvcc: &Path, kernel: &str, archs: &str, image: &Path) -> Result<String, String> {
     let jobs = env::var("NUM_JOBS").unwrap_or_else(|_| "1".into());
     let mut command = Command::new(nvcc);
     // exp, division and square roots stay exact: no --use_fast_math.
@@ -101,7 +108,7 @@ fn compile(nvcc: &Path, kernel: &str, archs: &str, image: &Path) -> Result<(), S
         let words = String::from_utf8_lossy(&output.stderr).replace('\n', " | ");
         return Err(format!("{command:?} failed: {words}"));
     }
-    Ok(())
+    Ok(String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
 /// Keeps an image for the next build. A cache that cannot be written to is no error.
@@ -119,14 +126,18 @@ fn recurrent_shapes() -> Result<String, String> {
     let mut table = String::from("&[\n");
     for line in header.lines().filter_map(|line| line.strip_prefix("DN_RECURRENT(")) {
         let fields: Vec<&str> = line.trim_end_matches(')').split(',').map(str::trim).collect();
-        let [name, head, layout, lanes, columns, warps] = fields[..] else {
+        let [kind, head, layout, lanes, columns, warps] = fields[..] else {
             return Err(format!("kernels/recurrent_shapes.h: {line} does not have six fields"));
         };
         for gate in ["scalar", "channel"] {
             table += &format!(
-                "    Shape {{ name: c\"dn_recurrent_{name}_s{head}_{layout}_{gate}\", fast: {}, head_size: {head}, \
+                "    Shape {{ name: c\"dn_recurrent_{kind}_s{head}_{layout}_{gate}\", kind: Kind::{}, head_size: {head}, \
                  value_contiguous: {}, channel_gate: {}, lanes: {lanes}, columns: {columns}, warps: {warps} }},\n",
-                name == "fast",
+                match kind {
+                    "one" => "One",
+                    "fast" => "Fast",
+                    _ => "Any",
+                },
                 layout == "vmajor",
                 gate == "channel"
             );

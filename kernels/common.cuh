@@ -138,8 +138,9 @@ __device__ inline dn_sequence dn_plain_sequence(int b, int T) {
     return s;
 }
 
-// The snapshot slot for the state after token t of a sequence of len tokens, or a negative number.
-__device__ inline int dn_snapshot_slot(const dn_problem &p, int t, int len) {
+// The snapshot slot for the state after token t of a sequence of len tokens, or a negative number. P: dn_problem, dn_hot.
+template <class P>
+__device__ inline int dn_snapshot_slot(const P &p, int t, int len) {
     int last = len - p.snapshot_skip; // tokens that count
     if (t >= last) return -1;
     int slot = p.snapshot_order ? t - max(last - p.n_snapshots, 0) : last - 1 - t;

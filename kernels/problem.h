@@ -63,8 +63,9 @@ enum {
     DN_EVENTFUL = 4096, // there are snapshots or a clamp
 };
 
-// What every call of a fast kernel reads, packed into three lines of constant memory: a kernel of two microseconds
-// feels each line that it has to wait for. Strides in bytes; the host takes another kernel where one needs 64 bits.
+// What every call of a fast kernel reads, packed into four lines of constant memory, the last of which single tokens do
+// without: a kernel of two microseconds feels each line that it has to wait for. Strides in bytes; the host takes another
+// kernel where one needs more than 32 bits.
 typedef struct {
     uint32_t token, head, sequence; // of a state: of the other axis, head, row
 } dn_steps;
@@ -79,11 +80,17 @@ typedef struct {
     void *k, *q, *v, *g, *beta, *out;
     dn_steps q_nb, v_nb, g_nb, beta_nb, out_nb, state_out_nb;
     void *state_out;
+    void *snapshots;
+    dn_steps snapshots_nb;
+    float state_clamp;
+    int64_t snapshot_stride;
+    int32_t n_snapshots, snapshot_order, snapshot_skip;
+    uint32_t reserved2[5];
 } dn_hot;
 
 typedef struct {
     dn_hot hot;
-    dn_problem p; // rows, sequences, snapshots, clamp, norm
+    dn_problem p; // rows, sequences, norm
 } dn_fast;
 
 #ifdef __cplusplus
@@ -97,6 +104,6 @@ static_assert(offsetof(dn_problem, rows_in) == 440 && offsetof(dn_problem, cu_se
 static_assert(offsetof(dn_problem, rows_in_i64) == 464 && offsetof(dn_problem, dtype_q) == 484, "dtypes");
 static_assert(offsetof(dn_problem, reserved) == 508 && sizeof(dn_problem) == 512, "size");
 static_assert(sizeof(dn_steps) == 12 && offsetof(dn_hot, state_in) == 32 && offsetof(dn_hot, k) == 64, "hot");
-static_assert(offsetof(dn_hot, q_nb) == 112 && offsetof(dn_hot, state_out) == 184 && sizeof(dn_hot) == 192, "hot");
-static_assert(offsetof(dn_fast, p) == 192 && sizeof(dn_fast) == 704, "fast");
+static_assert(offsetof(dn_hot, q_nb) == 112 && offsetof(dn_hot, state_out) == 184 && sizeof(dn_hot) == 256, "hot");
+static_assert(offsetof(dn_fast, p) == 256 && sizeof(dn_fast) == 768, "fast");
 #endif

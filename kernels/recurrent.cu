@@ -11,13 +11,15 @@
 // Two kernels share this arithmetic and differ in how they read and write.
 // The fast one takes f32 tensors that can be read 16 bytes at a time and listed head sizes. Each lane reads its share of
 // the next tokens straight into registers while it works on this one: no barrier, no shared memory.
+// For a single token there is a form of it without anything that only loops, snapshots or state rows need: the first load
+// leaves sooner.
 // The other takes everything: any dtype, any stride, any head size up to its own. The block stages a tile of tokens in
 // shared memory as f32, and dtypes, strides and norms are dealt with there.
 #include "common.cuh"
 
 namespace {
 
-template <int S_, int L_, int C_, int W_, bool VALUE_MAJOR_, bool CHANNEL_GATE_, bool FAST_>
+template <int S_, int L_, int C_, int W_, bool VALUE_MAJOR_, bool CHANNEL_GATE_, bool FAST_, bool ONE_ = false>
 struct Shape {
     static constexpr int S = S_; // head size, or the most that a general kernel takes
     static constexpr int L = L_; // lanes of a column
@@ -26,13 +28,12 @@ struct Shape {
     static constexpr bool VALUE_MAJOR = VALUE_MAJOR_;
     static constexpr bool CHANNEL_GATE = CHANNEL_GATE_;
     static constexpr bool FAST = FAST_;
+    static constexpr bool ONE = ONE_; // a single token of a plain sequence, no snapshots, no clamp
     static constexpr int K = S / L;             // keys of a lane
     static constexpr int GROUPS = 32 / L;       // column groups of a warp
     static constexpr int WARP_COLS = GROUPS * C;
     static constexpr int COLS = W * WARP_COLS;  // columns of a block
     static constexpr int BLOCKS = (S + COLS - 1) / COLS;
-    // Tokens under way to the registers. One token's work is shorter than a trip to the L2 cache, two are longer.
-    static constexpr int AHEAD = K * (CHANNEL_GATE ? 3 : 2) > 32 ? 1 : 2;
     static constexpr int TILE = FAST ? 0 : 8;     // tokens staged at a time
     static constexpr int QUADS = (S + 127) / 128; // four-channel pieces that a lane stages per row
     static_assert(K % 4 == 0 && S % L == 0, "a lane's keys come in fours");
@@ -409,9 +410,9 @@ __device__ Output step(State<X> &s, const Token<X> &x, const Lane<X> &at) {
     return o;
 }
 
-// What follows a token for some callers: the clamp, and the snapshot.
-template <class X>
-__device__ void after_token(State<X> &s, const dn_problem &p, const dn_sequence &seq, int h, int t, const Lane<X> &at) {
+// What follows a token for some callers: the clamp, and the snapshot. save(slot) writes one.
+template <class X, class P, class F>
+__device__ void after_token(State<X> &s, const P &p, int t, int len, F save) {
     if (p.state_clamp < INFINITY) {
 #pragma unroll
         for (int c = 0; c < X::C; c++) {
@@ -419,16 +420,8 @@ __device__ void after_token(State<X> &s, const dn_problem &p, const dn_sequence 
             for (int j = 0; j < X::K; j++) s[c][j] = dn_clamp_state(s[c][j], p.state_clamp);
         }
     }
-    const int slot = p.n_snapshots > 0 ? dn_snapshot_slot(p, t, seq.len) : -1;
-    if (slot >= 0) {
-        char *const base = (char *)p.snapshots.data + dn_offset(slot, p.snapshot_stride) +
-                           dn_offset(seq.index, p.snapshots.nb[3]) + dn_offset(h, p.snapshots.nb[2]);
-        if constexpr (X::FAST) {
-            store_vectors<X>(s, base, p.snapshots.nb[1], at);
-        } else {
-            store_any<X>(s, p.snapshots, base, at, p.S, p.flags & DN_VEC_SNAPSHOTS);
-        }
-    }
+    const int slot = p.n_snapshots > 0 ? dn_snapshot_slot(p, t, len) : -1;
+    if (slot >= 0) save(slot);
 }
 
 template <class X>
@@ -438,8 +431,8 @@ __device__ void recurrent(const dn_fast &f) {
     const dn_hot &p = f.hot;
 
     for (int b = blockIdx.z; b < p.B; b += gridDim.z) {
-        dn_sequence seq = dn_plain_sequence(b, p.T);
-        if (__builtin_expect(!(p.flags & DN_PLAIN), 0)) {
+        dn_sequence seq = dn_plain_sequence(b, X::ONE ? 1 : p.T);
+        if (!X::ONE && !(p.flags & DN_PLAIN)) {
             if (!dn_sequence_of(f.p, b, seq)) continue; // the same for the whole block
         }
         auto begin = [&](void *data, const dn_steps &nb, int token, int head, int sequence) {
@@ -455,29 +448,29 @@ __device__ void recurrent(const dn_fast &f) {
                      begin(p.beta, p.beta_nb, t0, h, seq.b), begin(p.out, p.out_nb, t0, h, seq.b)};
         char *const state_out = p.state_out ? begin(p.state_out, p.state_out_nb, 0, h, seq.row_out) : nullptr;
 
-        Incoming<X> incoming[X::AHEAD];
-        auto load = [&](Incoming<X> &next, int t) {
-            if (t >= seq.len) return;
-            next.load(rows, at);
-            rows.q += p.q_nb.token, rows.k += p.k_nb.token, rows.v += p.v_nb.token;
-            rows.g += p.g_nb.token, rows.beta += p.beta_nb.token;
-        };
-#pragma unroll
-        for (int i = 0; i < X::AHEAD; i++) load(incoming[i], i);
+        Incoming<X> incoming;
+        if (seq.len > 0) incoming.load(rows, at);
 #pragma unroll 1
-        for (int t = 0; t < seq.len; t += X::AHEAD) {
-#pragma unroll
-            for (int i = 0; i < X::AHEAD; i++) { // unrolled, so that the registers have fixed places
-                if (t + i >= seq.len) break;
-                Token<X> token;
-                incoming[i].finish(token, f);
-                load(incoming[i], t + i + X::AHEAD);
-                token.sum_kq(); // no branch from here on, so that its shuffles mingle with the state's
-                const Output o = step<X>(s, token, at);
-                if (o.writer && (X::S % X::COLS == 0 || at.column + o.column < X::S))
-                    *(float *)(rows.out + (at.column + o.column) * 4) = p.scale * o.value;
-                rows.out += p.out_nb.token;
-                if (p.flags & DN_EVENTFUL) after_token<X>(s, f.p, seq, h, t + i, at);
+        for (int t = 0; t < seq.len; t++) {
+            Token<X> token;
+            incoming.finish(token, f);
+            if (t + 1 < seq.len) {
+                rows.q += p.q_nb.token, rows.k += p.k_nb.token, rows.v += p.v_nb.token;
+                rows.g += p.g_nb.token, rows.beta += p.beta_nb.token;
+                incoming.load(rows, at);
+            }
+            token.sum_kq(); // no branch from here on, so that its shuffles mingle with the state's
+            const Output o = step<X>(s, token, at);
+            if (o.writer && (X::S % X::COLS == 0 || at.column + o.column < X::S))
+                *(float *)(rows.out + (at.column + o.column) * 4) = p.scale * o.value;
+            rows.out += p.out_nb.token;
+            if (!X::ONE && p.flags & DN_EVENTFUL) {
+                after_token<X>(s, p, t, seq.len, [&](int slot) {
+                    store_vectors<X>(s,
+                                     begin(p.snapshots, p.snapshots_nb, 0, h, seq.index) +
+                                         dn_offset(slot, p.snapshot_stride),
+                                     p.snapshots_nb.token, at);
+                });
             }
         }
         if (state_out) store_vectors<X>(s, state_out, p.state_out_nb.token, at);
@@ -523,7 +516,12 @@ __device__ void recurrent(const dn_problem &p) {
                 if (o.writer && at.column + o.column < p.S)
                     dn_store(rows.out + dn_offset(t0 + t, p.out.nb[2]) + dn_offset(at.column + o.column, p.out.nb[0]),
                              p.dtype_out, p.scale * o.value);
-                if (p.flags & DN_EVENTFUL) after_token<X>(s, p, seq, h, t0 + t, at);
+                if (p.flags & DN_EVENTFUL) {
+                    after_token<X>(s, p, t0 + t, seq.len, [&](int slot) {
+                        store_any<X>(s, p.snapshots, state(p.snapshots, seq.index) + dn_offset(slot, p.snapshot_stride),
+                                     at, p.S, p.flags & DN_VEC_SNAPSHOTS);
+                    });
+                }
             }
         }
         __syncthreads(); // before the next sequence's staging
@@ -535,19 +533,22 @@ __device__ void recurrent(const dn_problem &p) {
 } // namespace
 
 #ifndef DN_RECURRENT_VARIANTS
-#define DN_FAST_fast true
-#define DN_FAST_any false
+// KIND is one, fast or any.
+#define DN_PARAMS_one dn_fast
 #define DN_PARAMS_fast dn_fast
 #define DN_PARAMS_any dn_problem
+#define DN_IS_one true, true
+#define DN_IS_fast true, false
+#define DN_IS_any false, false
 #define DN_VALUE_MAJOR_kmajor false
 #define DN_VALUE_MAJOR_vmajor true
-#define DN_KERNEL(NAME, S, LAYOUT, GATE, CHANNEL, L, C, W)                                                             \
-    extern "C" __global__ void __launch_bounds__(W * 32, 1) dn_recurrent_##NAME##_s##S##_##LAYOUT##_##GATE(            \
-        const __grid_constant__ DN_PARAMS_##NAME p) {                                                                  \
-        recurrent<Shape<S, L, C, W, DN_VALUE_MAJOR_##LAYOUT, CHANNEL, DN_FAST_##NAME>>(p);                             \
+#define DN_KERNEL(KIND, S, LAYOUT, GATE, CHANNEL, L, C, W)                                                             \
+    extern "C" __global__ void __launch_bounds__(W * 32, 1) dn_recurrent_##KIND##_s##S##_##LAYOUT##_##GATE(            \
+        const __grid_constant__ DN_PARAMS_##KIND p) {                                                                  \
+        recurrent<Shape<S, L, C, W, DN_VALUE_MAJOR_##LAYOUT, CHANNEL, DN_IS_##KIND>>(p);                               \
     }
-#define DN_RECURRENT(NAME, S, LAYOUT, L, C, W)                                                                         \
-    DN_KERNEL(NAME, S, LAYOUT, scalar, false, L, C, W)                                                                 \
-    DN_KERNEL(NAME, S, LAYOUT, channel, true, L, C, W)
+#define DN_RECURRENT(KIND, S, LAYOUT, L, C, W)                                                                         \
+    DN_KERNEL(KIND, S, LAYOUT, scalar, false, L, C, W)                                                                 \
+    DN_KERNEL(KIND, S, LAYOUT, channel, true, L, C, W)
 #include "recurrent_shapes.h"
 #endif

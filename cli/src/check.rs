@@ -1,6 +1,7 @@
 //! `deltanet check`: golden cases, one line each.
 
 use crate::cuda::{self, Gpu, Mirror};
+use crate::device::Device;
 use crate::golden::{Case, Nmse};
 use crate::isa;
 use anyhow::Result;
@@ -28,15 +29,6 @@ pub struct Options {
     /// Golden cases.
     #[arg(required = true)]
     files: Vec<PathBuf>,
-}
-
-/// Where the operator runs.
-#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Device {
-    /// The CPU kernels.
-    Cpu,
-    /// The first CUDA device.
-    Cuda,
 }
 
 /// Prints name, NMSE of out, NMSE of state and the verdict for each file; fails if any does.

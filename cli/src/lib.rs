@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod check;
 pub mod cuda;
+mod device;
 pub mod golden;
 pub mod info;
 mod isa;

@@ -98,6 +98,14 @@ struct DnHot {
     out_nb: DnSteps,
     state_out_nb: DnSteps,
     state_out: *mut c_void,
+    snapshots: *mut c_void,
+    snapshots_nb: DnSteps,
+    state_clamp: f32,
+    snapshot_stride: i64,
+    n_snapshots: i32,
+    snapshot_order: i32,
+    snapshot_skip: i32,
+    reserved2: [u32; 5],
 }
 
 #[repr(C)]
@@ -118,8 +126,8 @@ const _: () = {
     assert!(offset_of!(DnProblem, rows_in_i64) == 464 && offset_of!(DnProblem, dtype_q) == 484);
     assert!(offset_of!(DnProblem, reserved) == 508 && size_of::<DnProblem>() == 512);
     assert!(size_of::<DnSteps>() == 12 && offset_of!(DnHot, state_in) == 32 && offset_of!(DnHot, k) == 64);
-    assert!(offset_of!(DnHot, q_nb) == 112 && offset_of!(DnHot, state_out) == 184 && size_of::<DnHot>() == 192);
-    assert!(offset_of!(DnFast, problem) == 192 && size_of::<DnFast>() == 704);
+    assert!(offset_of!(DnHot, q_nb) == 112 && offset_of!(DnHot, state_out) == 184 && size_of::<DnHot>() == 256);
+    assert!(offset_of!(DnFast, problem) == 256 && size_of::<DnFast>() == 768);
     assert!(Dtype::F32 as u32 == 0 && Dtype::F16 as u32 == 1 && Dtype::Bf16 as u32 == 2);
     assert!(HeadMap::Tiled as u32 == 0 && HeadMap::Grouped as u32 == 1);
 };
@@ -255,6 +263,11 @@ impl DnProblem {
         Ok(to)
     }
 
+    /// Whether every sequence is one token, its own number everywhere, with nothing to do but the state and the output.
+    pub fn is_single(&self) -> bool {
+        self.tokens == 1 && self.flags & PLAIN != 0 && self.flags & EVENTFUL == 0
+    }
+
     /// The same for a fast kernel, if one can take it: f32, all in fours, strides of 32 bits.
     pub fn fast(&self) -> Option<DnFast> {
         let f32s = [self.dtype_q, self.dtype_k, self.dtype_v, self.dtype_out].iter().all(|dtype| *dtype == 0);
@@ -296,6 +309,14 @@ impl DnProblem {
             out_nb: self.out.steps(TENSOR)?,
             state_out_nb: self.state_out.steps(STATE)?,
             state_out: self.state_out.data,
+            snapshots: self.snapshots.data,
+            snapshots_nb: self.snapshots.steps(STATE)?,
+            state_clamp: self.state_clamp,
+            snapshot_stride: self.snapshot_stride,
+            n_snapshots: self.n_snapshots,
+            snapshot_order: self.snapshot_order,
+            snapshot_skip: self.snapshot_skip,
+            reserved2: [0; 5],
         };
         Some(DnFast { hot, problem: *self })
     }

@@ -176,7 +176,39 @@ pub(crate) fn image_of(driver: &Driver, prepared: &Prepared) -> Result<c_int> {
 fn attribute(driver: &Driver, attribute: Function, function: CUfunction) -> Result<c_int> {
     let mut value = 0;
     // SAFETY: `value` is writable, the function was loaded.
-    driver
-        .check(unsafe { (driver.function_attribute)(&mut value, attribute as u32, function) }, "cuFuncGetAttribute")?;
+    let code = unsafe { (driver.function_attribute)(&mut value, attribute as u32, function) };
+    driver.check(code, "cuFuncGetAttribute")?;
     Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    /// A spilled register is a trip to memory in the innermost loop. Looked at for the architectures that the kernels
+    /// are tuned for and the one with the fewest registers a thread may be given in practice.
+    #[cfg(deltanet_nvcc)]
+    #[test]
+    fn kernels_do_not_spill() {
+        let log =
+            std::fs::read_to_string(concat!(env!("DELTANET_KERNELS"), "/recurrent.ptxas")).expect("build.rs wrote it");
+        let (mut kernel, mut looked_at) = ("", 0);
+        for line in log.lines() {
+            if line.contains("Compiling entry function") {
+                kernel = line;
+            }
+            let tuned = kernel.contains("'sm_90a'") || kernel.contains("'sm_86'");
+            if tuned && line.contains("spill stores") {
+                looked_at += 1;
+                assert!(line.contains(" 0 bytes spill stores, 0 bytes spill loads"), "{kernel}: {line}");
+            }
+        }
+        assert!(looked_at >= super::SHAPES.len(), "{looked_at} kernels in the log");
+    }
+
+    #[test]
+    fn every_kernel_has_its_own_name() {
+        let mut names: Vec<_> = super::SHAPES.iter().map(|shape| shape.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), super::SHAPES.len());
+    }
 }

@@ -6,10 +6,21 @@ use crate::problem::Problem;
 use std::ffi::{CStr, c_void};
 use std::fmt;
 
+/// What a token-serial kernel takes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// A single token of plain sequences, f32 in fours, no snapshots, no clamp.
+    One,
+    /// f32 in fours.
+    Fast,
+    /// Everything.
+    Any,
+}
+
 /// A token-serial kernel, as kernels/recurrent_shapes.h lists it.
 pub(crate) struct Shape {
     pub name: &'static CStr,
-    fast: bool,
+    kind: Kind,
     head_size: usize,
     value_contiguous: bool,
     channel_gate: bool,
@@ -45,6 +56,7 @@ impl Shape {
 }
 
 /// A kernel's only argument.
+#[expect(clippy::large_enum_variant, reason = "one lives on the stack at a time, and a run may not allocate")]
 pub(crate) enum Arguments {
     Fast(DnFast),
     Any(DnProblem),
@@ -94,9 +106,13 @@ impl Plan {
         let fits = |shape: &&Shape| {
             shape.value_contiguous == value_contiguous
                 && shape.channel_gate == problem.channel_gate()
-                && if shape.fast { fast.is_some() && shape.head_size == s } else { shape.head_size >= s }
+                && match shape.kind {
+                    Kind::One => any.is_single() && fast.is_some() && shape.head_size == s,
+                    Kind::Fast => fast.is_some() && shape.head_size == s,
+                    Kind::Any => shape.head_size >= s,
+                }
         };
-        // The table has fast kernels first and rising head sizes.
+        // The table goes from the narrowest kind to the widest, and up in head sizes.
         let Some(function) = SHAPES.iter().position(|shape| fits(&shape)) else {
             return Err(unsupported(format_args!("v.ne[0] (the head size) is {s}; on CUDA it must be at most 256")));
         };
@@ -112,7 +128,7 @@ impl Plan {
         let tile = TILE.min(problem.tokens()).max(1);
         any.tile = tile as i32;
         let (shared, arguments) = match fast {
-            Some(fast) if shape.fast => (0, Arguments::Fast(fast)),
+            Some(fast) if shape.kind != Kind::Any => (0, Arguments::Fast(fast)),
             _ => (tile * shape.row_bytes(), Arguments::Any(any)),
         };
         let grid = [s.div_ceil(shape.block_columns()), heads, problem.sequences().min(GRID_LIMIT)];

@@ -9,6 +9,7 @@ mod docs;
 mod ik;
 mod install;
 mod links;
+mod nvcc;
 mod python;
 mod test;
 
@@ -24,6 +25,8 @@ enum Task {
     Demo,
     /// Fetch what the tests need and run every test.
     Test,
+    /// Fetch CUDA's compiler from PyPI, pinned, so that builds have the CUDA kernels; no GPU and no root needed.
+    Nvcc,
     /// Run ik_llama.cpp's released wheel with and without our library, and compare.
     Ik {
         /// A GGUF model: one with f32 weights to compare tokens, any to measure speed.
@@ -62,6 +65,7 @@ fn run(task: Task) -> Result<()> {
     match task {
         Task::Demo => demo::run_demo(),
         Task::Test => test::run_all(),
+        Task::Nvcc => nvcc::fetch().map(|nvcc| println!("{}", nvcc.display())),
         Task::Ik { model, speed: false, .. } => ik::check(&ik::fetch(&cache::root()?)?, &model),
         Task::Ik { model, threads, rounds, .. } => ik::speed(&ik::fetch(&cache::root()?)?, &model, threads, rounds),
         Task::Install(options) => install::install(&options),

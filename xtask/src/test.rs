@@ -9,6 +9,8 @@ use std::process::Command;
 /// Fetches what the tests need, then runs format, lints and tests.
 pub fn run_all() -> Result<()> {
     set_up();
+    // The kernels of every architecture are compiled below, and looked at for spills.
+    nvcc::fetch()?;
     step("format", cargo().args(["fmt", "--all", "--check"]))?;
     step("lints", cargo().args(["clippy", "--workspace", "--all-targets", "--release", "--", "-D", "warnings"]))?;
     step("build", cargo().args(["build", "--workspace", "--release"]))?;

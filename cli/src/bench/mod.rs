@@ -8,6 +8,8 @@ mod machine;
 mod plot;
 mod team;
 
+use crate::cuda;
+use crate::device::Device;
 use crate::isa;
 use anyhow::{Context, Result, bail, ensure};
 use case::{Case, Shape};
@@ -25,6 +27,10 @@ use team::Team;
 /// What to time.
 #[derive(Args)]
 pub struct Options {
+    /// Where to run; on CUDA by graph replay, beside copies on the device. Threads, instruction sets, the peers' libraries
+    /// and plots are for the CPU.
+    #[arg(long, default_value = "cpu", conflicts_with_all = ["isa", "ggml", "ik", "plot"])]
+    device: Device,
     /// Cap the instruction set: scalar, avx2 or avx512.
     #[arg(long, value_parser = isa::parse)]
     isa: Option<Isa>,
@@ -61,6 +67,9 @@ pub struct Options {
     /// libggml.so of ik_llama.cpp, to time its operator.
     #[arg(long, value_name = "LIB")]
     ik: Option<PathBuf>,
+    /// Arithmetic of the prompt kernels on CUDA.
+    #[arg(long, default_value = "exact")]
+    precision: Precision,
     /// Print a JSON object a line.
     #[arg(long)]
     json: bool,
@@ -75,10 +84,39 @@ enum Gate {
     Channel,
 }
 
+/// As `deltanet_precision` numbers them.
+#[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
+enum Precision {
+    Exact = 0,
+    Tf32 = 1,
+    Bf16 = 2,
+}
+
 #[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
 enum Layout {
     Key,
     Value,
+}
+
+impl Options {
+    fn layout(&self) -> StateLayout {
+        if self.layout == Layout::Key { StateLayout::KeyContiguous } else { StateLayout::ValueContiguous }
+    }
+
+    fn on_cuda(&self, shapes: &[Shape]) -> Vec<cuda::bench::Shape> {
+        let on_cuda = |shape: &Shape| cuda::bench::Shape {
+            key_heads: shape.key_heads,
+            value_heads: shape.value_heads,
+            head_size: shape.head_size,
+            channel_gate: shape.channel_gate,
+            tokens: shape.tokens,
+            sequences: shape.sequences,
+            layout: self.layout(),
+            in_place: self.in_place,
+            precision: self.precision as u32,
+        };
+        shapes.iter().map(on_cuda).collect()
+    }
 }
 
 fn heads(text: &str) -> std::result::Result<(usize, usize), String> {
@@ -186,13 +224,6 @@ const HEADER: &str = "  heads   S gate    tokens seqs           us    ±   GFLOP
 
 /// Times every shape.
 pub fn run(options: &Options) -> Result<ExitCode> {
-    let isa = isa::choose(options.isa)?;
-    let available = || std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = if options.threads == 0 { available() } else { options.threads };
-    ensure!(threads <= MAX_THREADS, "--threads {threads}: it must be at most {MAX_THREADS}");
-    let ggml = options.ggml.as_deref().map(|folder| ggml::Ggml::load(folder, isa)).transpose()?;
-    let ik = options.ik.as_deref().map(ik::Ik::load).transpose()?;
-    let device = device();
     let mut shapes = Vec::new();
     for (key_heads, value_heads) in options.heads.iter().copied() {
         for head_size in options.head_size.iter().copied() {
@@ -209,6 +240,16 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if shapes.iter().any(|shape| shape.tokens == 0 || shape.sequences == 0) {
         bail!("--tokens and --seqs must be positive");
     }
+    if options.device == Device::Cuda {
+        return cuda::bench::run(&options.on_cuda(&shapes), options.json);
+    }
+    let isa = isa::choose(options.isa)?;
+    let available = || std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = if options.threads == 0 { available() } else { options.threads };
+    ensure!(threads <= MAX_THREADS, "--threads {threads}: it must be at most {MAX_THREADS}");
+    let ggml = options.ggml.as_deref().map(|folder| ggml::Ggml::load(folder, isa)).transpose()?;
+    let ik = options.ik.as_deref().map(ik::Ik::load).transpose()?;
+    let device = device();
     let bar =
         if std::io::stderr().is_terminal() { ProgressBar::new(shapes.len() as u64) } else { ProgressBar::hidden() };
     bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg} {eta}")?);
@@ -245,7 +286,7 @@ fn time(
     ggml: Option<&ggml::Ggml>,
     ik: Option<&ik::Ik>,
 ) -> Result<Row> {
-    let layout = if options.layout == Layout::Key { StateLayout::KeyContiguous } else { StateLayout::ValueContiguous };
+    let layout = options.layout();
     let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos() as u64;
     let mut case = Case::new(shape, seed);
     // The oracle takes about 10 ns for each of the operator's FMAs; NaN or worse is shown, never hidden.

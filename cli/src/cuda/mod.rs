@@ -42,6 +42,9 @@ impl Gpu {
 const GUARD: usize = 256;
 const GUARD_BYTE: u8 = 0x5a;
 
+/// One of the tensors of a problem.
+type Field = fn(&mut Params) -> &mut Tensor;
+
 struct Buffer {
     host: *mut u8,
     bytes: usize,
@@ -66,7 +69,7 @@ impl Mirror {
     pub unsafe fn new(gpu: &Gpu, host: &Params) -> Result<Mirror> {
         let mut mirror = Mirror { params: *host, stream: gpu.stream.clone(), buffers: Vec::new() };
         let slots = (host.n_snapshots as usize, host.snapshot_stride);
-        let tensors: [(fn(&mut Params) -> &mut Tensor, (usize, usize)); 12] = [
+        let tensors: [(Field, (usize, usize)); 12] = [
             (|p| &mut p.q, (1, 0)),
             (|p| &mut p.k, (1, 0)),
             (|p| &mut p.v, (1, 0)),

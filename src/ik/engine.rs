@@ -38,14 +38,15 @@ const CALL_SITES: usize = 16;
 static KNOWN: [OnceLock<(usize, Engine)>; CALL_SITES] = [const { OnceLock::new() }; CALL_SITES];
 
 impl Engine {
-    /// The engine whose code at `caller` is calling. Found out once for each call site, looked up without a lock after.
-    pub fn of(caller: usize) -> &'static Engine {
-        static UNKNOWN: Engine = Engine { own: None, signature: None, name: String::new() };
+    /// The engine whose code at `caller` is calling. Found out once for each call site, looked up without a lock after;
+    /// none for call sites beyond those that are remembered.
+    pub fn known(caller: usize) -> Option<&'static Engine> {
         let slots = KNOWN.iter().map(|slot| slot.get_or_init(|| (caller, Engine::find(caller))));
-        slots.into_iter().find(|(known, _)| *known == caller).map_or(&UNKNOWN, |(_, engine)| engine)
+        slots.into_iter().find(|(known, _)| *known == caller).map(|(_, engine)| engine)
     }
 
-    fn find(caller: usize) -> Engine {
+    /// Finds out what is calling from `caller`.
+    pub fn find(caller: usize) -> Engine {
         let (own, name) = definition_beside(caller);
         // A program without a definition of its own was written for this one: it has the newest arguments.
         let signature = own.map_or(Some(Signature::SavedSteps), |own| {

@@ -61,8 +61,12 @@ const STATE_CLAMP: f32 = 1e6;
 pub unsafe extern "C" fn iqk_fused_delta_net() -> bool {
     naked_asm!(
         // The frame: return address and stack arguments above rbp, the six register arguments below it, in order.
+        ".cfi_startproc",
         "push rbp",
+        ".cfi_def_cfa_offset 16",
+        ".cfi_offset rbp, -16",
         "mov rbp, rsp",
+        ".cfi_def_cfa_register rbp",
         "push r9",
         "push r8",
         "push rcx",
@@ -80,12 +84,15 @@ pub unsafe extern "C" fn iqk_fused_delta_net() -> bool {
         "pop r8",
         "pop r9",
         "pop rbp",
+        ".cfi_def_cfa rsp, 8",
+        ".cfi_restore rbp",
         "test rax, rax",
         "jz 2f",
         "jmp rax",
         "2:",
         "mov eax, 1",
         "ret",
+        ".cfi_endproc",
         serve = sym serve,
     )
 }
@@ -97,7 +104,14 @@ pub unsafe extern "C" fn iqk_fused_delta_net() -> bool {
 unsafe extern "C" fn serve(registers: *const [usize; 6], stack: *const usize, caller: usize) -> *const c_void {
     let mut elsewhere = refuse as extern "C" fn() -> bool as *const c_void;
     let status = guard(|| {
-        let engine = Engine::of(caller);
+        let found;
+        let engine = match Engine::known(caller) {
+            Some(engine) => engine,
+            None => {
+                found = Engine::find(caller);
+                &found
+            }
+        };
         elsewhere = engine.own.unwrap_or(elsewhere);
         let Some(signature) = engine.signature else {
             // Its calls' arguments cannot be read, so not even which part this is.

@@ -1,7 +1,7 @@
 //! `cargo xtask test`: set-up, then every check that guards main.
 
 use crate::command::{cargo, has, run};
-use crate::{cache, consumers, dist, docs, ik};
+use crate::{cache, consumers, dist, docs, ik, nvcc};
 use anyhow::Result;
 use std::path::PathBuf;
 use std::process::Command;

@@ -9,6 +9,7 @@
 #ifndef DELTANET_H
 #define DELTANET_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -171,6 +172,9 @@ enum deltanet_precision
 typedef uint32_t deltanet_precision;
 #endif // __cplusplus
 
+/// ggml's own struct.
+typedef struct ggml_tensor ggml_tensor;
+
 /// A strided tensor that somebody else owns, in ggml's order: `ne[0]` and `nb[0]` belong to the innermost axis.
 ///
 /// Axes are (channel, head, token, sequence) for q, k, v, g, beta and out; for states they are (the channel that the
@@ -262,6 +266,42 @@ typedef struct deltanet_params {
   uint32_t precision;
 } deltanet_params;
 
+/// What a program that links ggml statically tells the plugin: functions of that ggml. Set `struct_size`.
+typedef struct deltanet_ggml_host {
+  /// `sizeof(deltanet_ggml_host)`.
+  uint32_t struct_size;
+  /// Zero.
+  uint32_t reserved;
+  /// `ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU)`.
+  void *cpu_device;
+  /// `ggml_op_name`.
+  const char *(*op_name)(int);
+  /// `ggml_backend_buffer_is_host`.
+  bool (*buffer_is_host)(void*);
+  /// What `ggml_tensor_overhead()` returns.
+  size_t tensor_overhead;
+} deltanet_ggml_host;
+
+/// What the plugin has done in this process so far. Set `struct_size`.
+typedef struct deltanet_ggml_counters {
+  /// `sizeof(deltanet_ggml_counters)`.
+  uint32_t struct_size;
+  /// Zero.
+  uint32_t reserved;
+  /// GATED_DELTA_NET nodes that ran these kernels.
+  uint64_t taken;
+  /// Nodes that stayed with the host.
+  uint64_t left;
+  /// Nodes that read their states from the cache, without GET_ROWS.
+  uint64_t reads_fused;
+  /// Nodes that wrote their states into the cache, without CPY.
+  uint64_t writes_fused;
+  /// Nodes that the host's own operator computed too, to compare.
+  uint64_t verified;
+  /// Those of them where the two did not agree: the host's result was used.
+  uint64_t mismatches;
+} deltanet_ggml_counters;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -339,6 +379,38 @@ deltanet_status deltanet_cuda_run(const struct deltanet_params *params,
                                   void *workspace,
                                   size_t workspace_size,
                                   void *stream);
+
+/// The operator as a `ggml_custom_op_t`, for `ggml_custom_4d` with n_tasks GGML_N_TASKS_MAX. Sources: q, k, v, g, beta
+/// and state, all f32, of the shapes that `ggml_gated_delta_net` takes; `dst` is contiguous f32 and holds the outputs
+/// `[S, Hv, T, B]` and behind them K states of all sequences (slot 0 the newest), so `ne` is
+/// `{S * Hv, T * B + K * S * B, 1, 1}`. `userdata` is null for ggml's semantics, or a `const deltanet_params *` that
+/// outlives the graph and whose options apply (head map, layout, beta, scale, gate clamp, norms); its tensors are
+/// ignored. ggml calls it on its own threads; each allocates its scratch once. A node that cannot be computed leaves
+/// dst as it is and a line in the log: ask `deltanet_ggml_supports` while building the graph.
+///
+/// # Safety
+/// `dst` is a tensor of a ggml graph that is being computed, all sources in host memory.
+void deltanet_ggml_custom_op(struct ggml_tensor *dst, int ith, int nth, void *userdata);
+
+/// Checks a node for `deltanet_ggml_custom_op`; its tensors need no memory yet. Any thread.
+///
+/// # Safety
+/// `dst` is null (an error) or a tensor with its sources; `params` is what the node gets as userdata.
+deltanet_status deltanet_ggml_supports(const struct ggml_tensor *dst, const struct deltanet_params *params);
+
+/// Starts the plugin in a program that links ggml statically and so exports nothing to find. Call it once, before the
+/// first CPU backend is made. `DELTANET_GGML`, `DELTANET_LOG` and `DELTANET_VERIFY` apply as they do to a loaded
+/// plugin. Returns the registry to pass to `ggml_backend_register`, null after an error.
+///
+/// # Safety
+/// `host` is null (an error) or points to a struct as large as its `struct_size` says, with that ggml's own functions.
+void *deltanet_ggml_attach(const struct deltanet_ggml_host *host);
+
+/// Reads the plugin's counters. Any thread.
+///
+/// # Safety
+/// `counters` is null (an error) or points to a struct as large as its `struct_size` says.
+deltanet_status deltanet_ggml_read_counters(struct deltanet_ggml_counters *counters);
 
 /// The message of this thread's last call that did not return `DELTANET_STATUS_OK`, empty before one. It names the
 /// argument, what it was and what it must be. Valid until this thread's next failing call; never null. Any thread.

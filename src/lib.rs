@@ -20,6 +20,8 @@ pub mod cpu;
 /// cbindgen:ignore
 pub mod cuda;
 mod error;
+/// cbindgen:ignore
+mod ggml;
 mod ik;
 mod log;
 pub mod params;

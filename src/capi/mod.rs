@@ -2,10 +2,12 @@
 
 mod cpu;
 mod cuda;
+mod ggml;
 mod message;
 
 pub use cpu::*;
 pub use cuda::*;
+pub use ggml::*;
 pub use message::*;
 
 use crate::error::{Error, Result, Status};

@@ -6,6 +6,7 @@ mod consumers;
 mod demo;
 mod dist;
 mod docs;
+mod hosts;
 mod ik;
 mod install;
 mod links;
@@ -25,6 +26,21 @@ enum Task {
     Demo,
     /// Fetch what the tests need and run every test.
     Test,
+    /// Run stock llama.cpp builds with and without the plugin, and compare.
+    Hosts {
+        /// Measure whole-model speed instead.
+        #[arg(long)]
+        speed: bool,
+        /// Tokens to generate with more than one thread; fewer where the processors are busy with other work.
+        #[arg(long, default_value_t = 64)]
+        tokens: usize,
+        /// Threads of the speed runs.
+        #[arg(long, default_value_t = 2)]
+        threads: usize,
+        /// Alternating rounds of the speed runs.
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+    },
     /// Fetch CUDA's compiler from PyPI, pinned, so that builds have the CUDA kernels; no GPU and no root needed.
     Nvcc,
     /// Run ik_llama.cpp's released wheel with and without our library, and compare.
@@ -49,6 +65,9 @@ enum Task {
     Dist(dist::Options),
     /// Build the reference pages and check the links.
     Docs,
+    /// Drive one llama.cpp in this process, for `hosts`.
+    #[command(hide = true)]
+    Host(hosts::Drive),
 }
 
 fn main() -> ExitCode {
@@ -72,5 +91,8 @@ fn run(task: Task) -> Result<()> {
         Task::Consumers => consumers::test(),
         Task::Dist(options) => dist::dist(&options),
         Task::Docs => docs::docs(),
+        Task::Hosts { speed: true, threads, rounds, .. } => hosts::run_speed(threads, rounds),
+        Task::Hosts { tokens, .. } => hosts::run_hosts(tokens),
+        Task::Host(drive) => drive.run(),
     }
 }

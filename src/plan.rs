@@ -53,6 +53,20 @@ impl Plan {
         if self.chunk > 0 && prefix >= self.crossover { prefix } else { 0 }
     }
 
+    /// Tokens of a chunk for a run of `tokens`: chunks of nearly the same length, in whole tiles as far as it goes.
+    pub(crate) fn chunk_for(&self, tokens: usize) -> usize {
+        let count = tokens.div_ceil(self.chunk.max(1)).max(1);
+        tokens.div_ceil(count).next_multiple_of(self.isa.tile_rows()).min(self.chunk)
+    }
+
+    /// Chunks that a thread with several key heads runs of each before it goes on to the next one.
+    pub(crate) fn block_chunks(&self) -> usize {
+        match self.isa {
+            Isa::Avx512 => 32,
+            _ => 8,
+        }
+    }
+
     /// Whether the longest sequence there can be has tokens that go through the chunked kernel.
     pub fn is_chunked(&self, problem: &Problem) -> bool {
         self.chunked_tokens(problem, problem.tokens()) > 0

@@ -11,6 +11,7 @@
 //! K K^T and Q K^T serve all value heads of a key head. A slab of value columns goes through K S, the forward
 //! substitution, Q S and P U one register tile of tokens at a time, so that nothing between is stored but U.
 
+use super::ahead::Ahead;
 use super::pieces::{PIECE, by_head, locate};
 use super::rows::{Columns, load_row, store_row};
 use super::simd::Simd;
@@ -87,10 +88,12 @@ pub struct Task {
     pub key_head: usize,
     /// At most [`most_pieces`].
     pub pieces: Range<usize>,
-    /// From the sequence's first token on; at least one.
-    pub tokens: usize,
+    /// Of the sequence; at least one.
+    pub tokens: Range<usize>,
     /// Tokens of a chunk, at most [`MAX_CHUNK`].
     pub chunk: usize,
+    /// The state before the first of the tokens, and its row.
+    pub source: (StateView, usize),
     /// Where the state after the last of the tokens goes.
     pub destination: Option<(StateView, usize)>,
 }
@@ -127,22 +130,20 @@ pub unsafe fn run<S: Simd, const NV: usize, const NH: usize>(p: &Problem, task: 
         let pieces = || task.pieces.clone().map(|piece| (piece - task.pieces.start, locate(p, task.key_head, piece)));
         let state = |index: usize| scratch.add(at.states + index * s * PIECE);
         for (index, (head, columns)) in pieces() {
-            let row = p.row_in(task.sequence);
             for_slabs::<S, NV, NH>(&columns, |offset, width| {
                 let first = columns.start + offset;
-                Columns::new(&p.state_in, head, row, s, first, width).load::<S>(state(index).add(offset * s), width)
+                Columns::new(&task.source.0, head, task.source.1, s, first, width)
+                    .load::<S>(state(index).add(offset * s), width)
             });
         }
-        // Chunks of nearly the same length, in whole tiles as far as it goes.
-        let count = task.tokens.div_ceil(task.chunk);
-        let length = task.tokens.div_ceil(count).next_multiple_of(S::TILE_ROWS).min(task.chunk);
-        for first in (0..task.tokens).step_by(length) {
-            let length = length.min(task.tokens - first);
+        for first in task.tokens.clone().step_by(task.chunk) {
+            let length = task.chunk.min(task.tokens.end - first);
             let t = start + first;
             load_keys::<S>(p, task, t, length, scratch, &at);
             for (head, pieces, columns) in by_head(p, task.key_head, task.pieces.clone()) {
                 let state = state(pieces.start - task.pieces.start);
-                head_chunk::<S, NV, NH>(p, task, head, columns, t, length, state, scratch, &at);
+                let mut ahead = ahead(p, task, head, &columns, [t, length, start + task.tokens.end]);
+                head_chunk::<S, NV, NH>(p, task, head, columns, t, length, state, scratch, &at, &mut ahead);
             }
         }
         if let Some((view, row)) = &task.destination {
@@ -238,6 +239,27 @@ unsafe fn grams<S: Simd, const MR: usize>(s: usize, k: *const f32, q: *const f32
     }
 }
 
+/// What follows a head's chunk: room for its output, the next head's values, and the next chunk's keys and queries while
+/// the last head runs.
+fn ahead(p: &Problem, task: &Task, head: usize, columns: &Range<usize>, [t, length, end]: [usize; 3]) -> Ahead {
+    let (qk_sequence, sequence) = p.tensor_sequences(task.sequence);
+    let mut ahead = Ahead::new();
+    let next = t + length;
+    ahead.add(&p.out, columns.start, columns.len(), [head, t, sequence], length, true);
+    let heads = || by_head(p, task.key_head, task.pieces.clone());
+    let (head, columns, t) = match heads().skip_while(|(other, ..)| *other != head).nth(1) {
+        Some((head, _, columns)) => (head, columns, t),
+        None => {
+            let rows = length.min(end - next);
+            ahead.add(&p.k, 0, p.head_size(), [task.key_head, next, qk_sequence], rows, false);
+            ahead.add(&p.q, 0, p.head_size(), [task.key_head, next, qk_sequence], rows, false);
+            heads().next().map_or((head, columns.clone(), next), |(head, _, columns)| (head, columns, next))
+        }
+    };
+    ahead.add(&p.v, columns.start, columns.len(), [head, t, sequence], length.min(end - t), false);
+    ahead.start()
+}
+
 /// One chunk of some columns of a value head, whose states lie from `states` on, piece by piece.
 ///
 /// # Safety
@@ -254,6 +276,7 @@ unsafe fn head_chunk<S: Simd, const NV: usize, const NH: usize>(
     states: *mut f32,
     scratch: *mut f32,
     at: &Scratch,
+    ahead: &mut Ahead,
 ) {
     let s = p.head_size();
     let (_, sequence) = p.tensor_sequences(task.sequence);
@@ -265,14 +288,17 @@ unsafe fn head_chunk<S: Simd, const NV: usize, const NH: usize>(
         for i in 0..length {
             load_row::<S>(&p.v, first, end - first, [head, t + i, sequence], v.add(i * PITCH));
         }
+        // Spread over all tiles of the state's update.
+        let slabs = (end - first).div_ceil(NV * S::LANES);
+        let each = ahead.lines().div_ceil(slabs * s.div_ceil(S::TILE_ROWS));
         for offset in (0..end - first).step_by(PIECE) {
             let columns = first + offset..end.min(first + offset + PIECE);
             let whole = columns.len().is_multiple_of(NV * S::LANES);
             let slabs = Slabs { p, task, head, t, length, columns, v: v.add(offset), state: states.add(offset * s) };
             if whole {
-                slabs.run::<S, NV>(&gates, scratch, at);
+                slabs.run::<S, NV>(&gates, scratch, at, ahead, each);
             } else {
-                slabs.run::<S, NH>(&gates, scratch, at);
+                slabs.run::<S, NH>(&gates, scratch, at, ahead, each);
             }
         }
         for i in 0..length {
@@ -380,7 +406,14 @@ impl Slabs<'_> {
     /// # Safety
     /// As for [`run`]; the columns are a multiple of `NV` vectors.
     #[inline(always)]
-    unsafe fn run<S: Simd, const NV: usize>(&self, gates: &Gates, scratch: *mut f32, at: &Scratch) {
+    unsafe fn run<S: Simd, const NV: usize>(
+        &self,
+        gates: &Gates,
+        scratch: *mut f32,
+        at: &Scratch,
+        ahead: &mut Ahead,
+        each: usize,
+    ) {
         let s = self.p.head_size();
         let width = NV * S::LANES;
         let count = self.columns.len() / width;
@@ -404,6 +437,7 @@ impl Slabs<'_> {
                     continue;
                 }
                 tiles!(S, s, channel, MR, {
+                    ahead.ask::<S>(each);
                     update::<S, MR, NV>(
                         self.length,
                         gates.whole,

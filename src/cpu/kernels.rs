@@ -1,7 +1,7 @@
 //! The table of kernels: each algorithm instantiated for each instruction set.
 
 use super::isa::Isa;
-use super::simd;
+use super::simd::{self, Simd};
 use super::{chunked, recurrent};
 use crate::problem::Problem;
 
@@ -45,6 +45,21 @@ instantiate!(
     [2, 1],
     [2, 1]
 );
+
+impl Isa {
+    /// Rows of its register tile.
+    pub fn tile_rows(self) -> usize {
+        match self {
+            Isa::Scalar => simd::Scalar::TILE_ROWS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => simd::Avx2::TILE_ROWS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => simd::Avx512::TILE_ROWS,
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => simd::Scalar::TILE_ROWS,
+        }
+    }
+}
 
 /// The kernels of an instruction set.
 pub fn of(isa: Isa) -> Kernels {

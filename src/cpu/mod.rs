@@ -4,6 +4,7 @@
 
 #![allow(clippy::needless_range_loop, reason = "indices count registers: loops that the compiler must unroll whole")]
 
+mod ahead;
 pub(crate) mod chunked;
 mod isa;
 mod kernels;

@@ -31,54 +31,73 @@ pub unsafe fn run_part(
     ensure!(scratch.len() >= needed, Scratch, "scratch_size is {}; it must be at least {needed}", scratch.len());
     let scratch = scratch.as_mut_ptr();
     let scratch = scratch.wrapping_add(scratch.align_offset(SCRATCH_ALIGN)).cast::<f32>();
-    let per_key_head = pieces::per_key_head(problem);
+    let per_sequence = pieces::per_key_head(problem) * problem.key_heads();
     let split = |part: usize| (plan.tasks() as u128 * part as u128 / nth as u128) as usize;
     let (mut next, end) = (split(ith), split(ith + 1));
     while next < end {
-        let group = next / per_key_head;
-        let last = ((group + 1) * per_key_head).min(end);
-        let (sequence, key_head) = (group / problem.key_heads(), group % problem.key_heads());
-        let first = group * per_key_head;
+        let sequence = next / per_sequence;
+        let last = ((sequence + 1) * per_sequence).min(end);
+        let first = sequence * per_sequence;
         // SAFETY: the caller vouches for the memory; pieces write to disjoint columns; the plan checked the CPU and
         // sized the scratch, alignment included.
-        unsafe { run_pieces(problem, plan, sequence, key_head, next - first..last - first, scratch) };
+        unsafe { run_sequence(problem, plan, sequence, next - first..last - first, scratch) };
         next = last;
     }
     Ok(())
 }
 
-/// Runs pieces of one sequence and key head: as many tokens as the plan says by the chunked kernel, the rest (all, or
-/// those whose states are kept) by the recurrent one.
+/// Runs pieces of one sequence: as many tokens as the plan says by the chunked kernel, the rest (all, or those whose
+/// states are kept) by the recurrent one.
 ///
 /// # Safety
 /// As for [`run_part`], with scratch as the plan wants it.
-unsafe fn run_pieces(p: &Problem, plan: &Plan, b: usize, key_head: usize, pieces: Range<usize>, scratch: *mut f32) {
+unsafe fn run_sequence(p: &Problem, plan: &Plan, b: usize, pieces: Range<usize>, scratch: *mut f32) {
     let kernels = kernels::of(plan.isa());
     let tokens = p.token_range(b).len();
     let prefix = plan.chunked_tokens(p, tokens);
     let mut source = (p.state_in, p.row_in(b));
     let mut destination = p.state_out.map(|state| (state, p.row_out(b)));
-    if prefix > 0 {
-        if destination.is_none() && prefix < tokens {
-            // The slot of the first state that is kept carries the state over to its token.
-            destination = p.snapshots.and_then(|kept| kept.slot(prefix, tokens).map(|slot| (kept.view(slot), b)));
-        }
-        for first in pieces.clone().step_by(chunked::most_pieces(p.head_size())) {
-            let pieces = first..pieces.end.min(first + chunked::most_pieces(p.head_size()));
-            let task =
-                chunked::Task { sequence: b, key_head, pieces, tokens: prefix, chunk: plan.chunk(), destination };
-            // SAFETY: passed on; the plan allows the kernel for this problem.
-            unsafe { (kernels.chunked)(p, &task, scratch) };
-        }
-        if prefix == tokens {
-            return;
+    if destination.is_none() && prefix < tokens {
+        // The slot of the first state that is kept carries the state over to its token.
+        destination = p.snapshots.and_then(|kept| kept.slot(prefix, tokens).map(|slot| (kept.view(slot), b)));
+    }
+    let per_key_head = pieces::per_key_head(p);
+    let by_key_head = || {
+        let mut next = pieces.start;
+        std::iter::from_fn(move || {
+            let (key_head, first) = (next / per_key_head, next % per_key_head);
+            let last = per_key_head.min(first + pieces.end - next);
+            next += last - first;
+            (first < last).then_some((key_head, first..last))
+        })
+    };
+    let chunk = plan.chunk_for(prefix);
+    // Rows of neighbouring heads share pages. Going through all heads block of tokens by block of tokens finds a page's
+    // address translation still there for the next head; the states' way to memory and back costs less.
+    let several = by_key_head().nth(1).is_some() && destination.is_some();
+    let block = if several { chunk * plan.block_chunks() } else { prefix };
+    for first in (0..prefix).step_by(block.max(1)) {
+        let tokens = first..prefix.min(first + block);
+        for (key_head, pieces) in by_key_head() {
+            for at in pieces.clone().step_by(chunked::most_pieces(p.head_size())) {
+                let pieces = at..pieces.end.min(at + chunked::most_pieces(p.head_size()));
+                let tokens = tokens.clone();
+                let task = chunked::Task { sequence: b, key_head, pieces, tokens, chunk, source, destination };
+                // SAFETY: passed on; the plan allows the kernel for this problem.
+                unsafe { (kernels.chunked)(p, &task, scratch) };
+            }
         }
         source = destination.unwrap_or(source);
     }
-    for (head, _, columns) in pieces::by_head(p, key_head, pieces) {
-        let run = recurrent::Run { sequence: b, head, columns, tokens: prefix..tokens, source };
-        // SAFETY: passed on.
-        unsafe { (kernels.recurrent)(p, &run, scratch) };
+    if prefix == tokens && prefix > 0 {
+        return;
+    }
+    for (key_head, pieces) in by_key_head() {
+        for (head, _, columns) in pieces::by_head(p, key_head, pieces) {
+            let run = recurrent::Run { sequence: b, head, columns, tokens: prefix..tokens, source };
+            // SAFETY: passed on.
+            unsafe { (kernels.recurrent)(p, &run, scratch) };
+        }
     }
 }
 

@@ -60,6 +60,14 @@ pub trait Simd: Copy + 'static {
         #[cfg(not(target_arch = "x86_64"))]
         let _ = p;
     }
+    /// The same, into L2.
+    #[inline(always)]
+    unsafe fn prefetch_far(p: *const f32) {
+        #[cfg(target_arch = "x86_64")]
+        _mm_prefetch::<_MM_HINT_T1>(p.cast());
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = p;
+    }
     /// The same, to be written.
     #[inline(always)]
     unsafe fn prefetch_to_write(p: *const f32) {

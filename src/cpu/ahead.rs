@@ -1,0 +1,77 @@
+//! Asking for memory before it is needed: rows of a chunk lie far apart, and each is over before the processor's own
+//! prefetching has noticed it.
+
+use super::simd::Simd;
+use crate::tensor::View;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Rows of one tensor, line by line.
+#[derive(Clone, Copy)]
+struct Stream {
+    row: *const u8,
+    /// Bytes from one token's row to the next.
+    pitch: usize,
+    rows: usize,
+    length: usize,
+    offset: usize,
+    write: bool,
+}
+
+/// What will be needed soon, handed out a few lines at a time between products that run from L1.
+pub struct Ahead {
+    streams: [Stream; 4],
+    at: usize,
+}
+
+impl Ahead {
+    pub fn new() -> Ahead {
+        let none = Stream { row: std::ptr::null(), pitch: 0, rows: 0, length: 0, offset: 0, write: false };
+        Ahead { streams: [none; 4], at: 0 }
+    }
+
+    /// Adds channels from `first` on, of `rows` tokens from the one at `at` (head, token, sequence). The tokens need not
+    /// exist. At most four times.
+    #[inline(always)]
+    pub fn add(&mut self, view: &View, first: usize, channels: usize, at: [usize; 3], rows: usize, write: bool) {
+        let row = view.at([first, at[0], at[1], at[2]]).cast_const();
+        // Where channels lie apart, their first lines are a start.
+        let length = channels * view.dtype.size();
+        self.streams[self.at] = Stream { row, pitch: view.nb[2], rows, length, offset: 0, write };
+        self.at += 1;
+    }
+
+    /// Everything is added.
+    #[inline(always)]
+    pub fn start(mut self) -> Ahead {
+        self.at = 0;
+        self
+    }
+
+    /// Lines that remain, about.
+    #[inline(always)]
+    pub fn lines(&self) -> usize {
+        self.streams.iter().map(|stream| stream.rows * stream.length.div_ceil(LINE)).sum()
+    }
+
+    /// Asks for the next `lines` lines.
+    #[inline(always)]
+    pub fn ask<S: Simd>(&mut self, lines: usize) {
+        for _ in 0..lines {
+            while self.at < 4 && self.streams[self.at].rows == 0 {
+                self.at += 1;
+            }
+            let Some(stream) = self.streams.get_mut(self.at) else { return };
+            let line = stream.row.wrapping_add(stream.offset);
+            // SAFETY: prefetching takes any address; `S` is the caller's.
+            unsafe { if stream.write { S::prefetch_to_write(line.cast()) } else { S::prefetch_far(line.cast()) } };
+            stream.offset += LINE;
+            if stream.offset >= stream.length {
+                stream.offset = 0;
+                stream.row = stream.row.wrapping_add(stream.pitch);
+                stream.rows -= 1;
+            }
+        }
+    }
+}

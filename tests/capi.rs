@@ -141,3 +141,18 @@ fn isa_cap_lowers_and_never_raises() {
     assert!(code == Some(1), "{words}");
     assert!(words.contains("UNKNOWN_VALUE: DELTANET_ISA is \"sse9\"; it must be"), "{words}");
 }
+
+#[test]
+fn the_cuda_driver_agrees_or_says_that_there_is_no_gpu() {
+    let program = compile("driver_cuda", &["examples/driver_cuda.c"]);
+    for shape in [["128", "1", "3"], ["64", "9", "2"], ["48", "3", "1"]] {
+        let run = Command::new(&program).args(shape).output().expect("the program starts");
+        let words = String::from_utf8_lossy(&run.stdout);
+        if run.status.code() == Some(77) {
+            println!("{words}");
+        } else {
+            assert!(run.status.success() && words.matches(" ok").count() == 2, "{words}");
+            assert!(words.contains("beta is at") && words.contains("host memory"), "{words}");
+        }
+    }
+}

@@ -6,6 +6,7 @@ mod consumers;
 mod demo;
 mod dist;
 mod docs;
+mod gpu;
 mod hosts;
 mod ik;
 mod install;
@@ -43,6 +44,8 @@ enum Task {
     },
     /// Fetch CUDA's compiler from PyPI, pinned, so that builds have the CUDA kernels; no GPU and no root needed.
     Nvcc,
+    /// Make target/gpu: what a GPU machine without cargo needs to check and time the CUDA kernels.
+    Gpu,
     /// Run ik_llama.cpp's released wheel with and without our library, and compare.
     Ik {
         /// A GGUF model: one with f32 weights to compare tokens, any to measure speed.
@@ -84,6 +87,7 @@ fn run(task: Task) -> Result<()> {
     match task {
         Task::Demo => demo::run_demo(),
         Task::Test => test::run_all(),
+        Task::Gpu => gpu::pack(),
         Task::Nvcc => nvcc::fetch().map(|nvcc| println!("{}", nvcc.display())),
         Task::Ik { model, speed: false, .. } => ik::check(&ik::fetch(&cache::root()?)?, &model),
         Task::Ik { model, threads, rounds, .. } => ik::speed(&ik::fetch(&cache::root()?)?, &model, threads, rounds),

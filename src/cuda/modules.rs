@@ -1,6 +1,7 @@
 //! The embedded kernels, loaded once into each context that asks.
 
 use super::driver::{CUcontext, CUdevice, CUfunction, Driver, driver};
+#[cfg(deltanet_nvcc)]
 use super::plan::SHAPES;
 use crate::error::{Error, Result, Status, ensure};
 use cudarc::driver::sys::{CUdevice_attribute_enum as Device, CUfunction_attribute_enum as Function};

@@ -19,6 +19,7 @@ enum Kind {
 
 /// A token-serial kernel, as kernels/recurrent_shapes.h lists it.
 pub(crate) struct Shape {
+    #[cfg_attr(not(deltanet_nvcc), allow(dead_code, reason = "only loading looks kernels up"))]
     pub name: &'static CStr,
     kind: Kind,
     head_size: usize,

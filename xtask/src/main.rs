@@ -17,7 +17,6 @@ mod test;
 
 use anyhow::Result;
 use clap::Parser;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// The project's own tasks.
@@ -48,8 +47,6 @@ enum Task {
     Gpu,
     /// Run ik_llama.cpp's released wheel with and without our library, and compare.
     Ik {
-        /// A GGUF model: one with f32 weights to compare tokens, any to measure speed.
-        model: PathBuf,
         /// Measure whole-model speed instead.
         #[arg(long)]
         speed: bool,
@@ -89,8 +86,8 @@ fn run(task: Task) -> Result<()> {
         Task::Test => test::run_all(),
         Task::Gpu => gpu::pack(),
         Task::Nvcc => nvcc::fetch().map(|nvcc| println!("{}", nvcc.display())),
-        Task::Ik { model, speed: false, .. } => ik::check(&ik::fetch(&cache::root()?)?, &model),
-        Task::Ik { model, threads, rounds, .. } => ik::speed(&ik::fetch(&cache::root()?)?, &model, threads, rounds),
+        Task::Ik { speed: true, threads, rounds } => ik::speed(threads, rounds),
+        Task::Ik { .. } => ik::check(),
         Task::Install(options) => install::install(&options),
         Task::Consumers => consumers::test(),
         Task::Dist(options) => dist::dist(&options),

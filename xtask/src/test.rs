@@ -17,6 +17,8 @@ pub fn run_all() -> Result<()> {
     // A test whose peer is missing skips itself, unless it is told that all of them are there.
     let peers = [("DELTANET_REQUIRE_PEERS", PathBuf::from("1")), ("DELTANET_IK", ik::fetch(&cache::root()?)?)];
     step("tests", cargo().args(["test", "--workspace", "--release"]).envs(peers))?;
+    println!("== ik_llama.cpp");
+    ik::check()?;
     println!("== installed");
     consumers::test()?;
     println!("== archive");

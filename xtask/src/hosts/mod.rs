@@ -11,12 +11,13 @@ mod model;
 mod speed;
 
 pub use driver::Drive;
+pub use fetch::model;
+pub use model::Model;
 pub use speed::run_speed;
 
 use crate::command;
 use anyhow::{Context, Result, bail, ensure};
 use fetch::{HOSTS, Host};
-use model::Model;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;

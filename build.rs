@@ -5,12 +5,14 @@
 //! Without one the library builds all the same, says so in one warning, and its CUDA functions answer UNSUPPORTED.
 //! `DELTANET_CUDA_ARCHS` (such as "90a" or "86,90a") names other architectures, to build faster while developing.
 
+use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::{env, fs};
 
-const KERNELS: &[&str] = &["recurrent"];
+/// Sources, and the oldest architecture that each is for.
+const KERNELS: &[(&str, u32)] = &[("recurrent", 75), ("chunked", 80)];
 const ARCHS: &str = "75,80,86,89,90a,100,120";
 
 fn main() -> ExitCode {
@@ -47,16 +49,13 @@ fn build() -> Result<(), String> {
     };
     let version = Command::new(&nvcc).arg("--version").output().map_err(|e| format!("{}: {e}", nvcc.display()))?;
     let archs = env::var("DELTANET_CUDA_ARCHS").unwrap_or_else(|_| ARCHS.into());
-    let mut hasher = DefaultHasher::new();
-    (version.stdout, &archs).hash(&mut hasher);
-    let mut sources: Vec<_> = fs::read_dir("kernels").map_err(|e| e.to_string())?.flatten().map(|e| e.path()).collect();
-    sources.push("build.rs".into()); // for the compiler's options
-    sources.sort();
-    for source in sources {
-        (&source, fs::read(&source).map_err(|e| format!("{}: {e}", source.display()))?).hash(&mut hasher);
-    }
-    let key = hasher.finish();
-    for kernel in KERNELS {
+    for (kernel, oldest) in KERNELS {
+        let archs = archs_from(&archs, *oldest);
+        let mut files = BTreeMap::new();
+        sources(&format!("{kernel}.cu"), &mut files)?;
+        let mut hasher = DefaultHasher::new();
+        (&version.stdout, &archs, &files).hash(&mut hasher);
+        let key = hasher.finish();
         let image = out.join(format!("{kernel}.fatbin"));
         let log = image.with_extension("ptxas");
         // Compiling takes minutes, and cargo makes build scripts run again for other profiles and lints.
@@ -76,6 +75,25 @@ fn build() -> Result<(), String> {
     println!("cargo::rustc-env=DELTANET_KERNELS={}", out.display());
     println!("cargo::rustc-cfg=deltanet_nvcc");
     Ok(())
+}
+
+/// Those of `archs` that are not older than `oldest`; `oldest` itself where all are.
+fn archs_from(archs: &str, oldest: u32) -> String {
+    let number = |arch: &&str| arch.trim_end_matches(|c: char| !c.is_ascii_digit()).parse::<u32>().unwrap_or(u32::MAX);
+    let kept: Vec<&str> = archs.split(',').filter(|arch| number(arch) >= oldest).collect();
+    if kept.is_empty() { oldest.to_string() } else { kept.join(",") }
+}
+
+/// Adds `file` of kernels/ and all that it includes from there to `into`.
+fn sources(file: &str, into: &mut BTreeMap<String, String>) -> Result<(), String> {
+    if into.contains_key(file) {
+        return Ok(());
+    }
+    let text = fs::read_to_string(format!("kernels/{file}")).map_err(|e| format!("kernels/{file}: {e}"))?;
+    let included = |line: &str| Some(line.strip_prefix("#include \"")?.split_once('"')?.0.to_string());
+    let next: Vec<String> = text.lines().filter_map(included).collect();
+    into.insert(file.into(), text);
+    next.iter().try_for_each(|file| sources(file, into))
 }
 
 /// Makes the image and returns what ptxas says of registers and spills, which a test reads.

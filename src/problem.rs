@@ -530,6 +530,28 @@ impl Problem {
         self.qk_sequences
     }
 
+    /// The call that is left when all but the last `tokens` tokens are done and their states are `state_in`. Not for
+    /// variable-length batches.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn last_tokens(&self, tokens: usize, state_in: StateView) -> Problem {
+        let skip = self.tokens - tokens;
+        let last = |view: &View| {
+            let ne = [view.ne[0], view.ne[1], tokens, view.ne[3]];
+            View { data: view.data.wrapping_byte_add(skip * view.nb[2]), ne, ..*view }
+        };
+        Problem {
+            q: last(&self.q),
+            k: last(&self.k),
+            v: last(&self.v),
+            g: last(&self.g),
+            beta: last(&self.beta),
+            out: last(&self.out),
+            state_in,
+            tokens,
+            ..self.clone()
+        }
+    }
+
     /// Where every tensor that has elements begins.
     pub(crate) fn addresses(&self) -> impl Iterator<Item = (&'static str, *mut u8)> {
         let view = |name, view: &View| (!view.is_empty()).then_some((name, view.data));

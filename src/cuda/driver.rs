@@ -62,6 +62,8 @@ driver! {
     module_load: "cuModuleLoadData" fn(*mut CUmodule, *const c_void);
     module_function: "cuModuleGetFunction" fn(*mut CUfunction, CUmodule, *const c_char);
     function_attribute: "cuFuncGetAttribute" fn(*mut c_int, c_uint, CUfunction);
+    set_function_attribute: "cuFuncSetAttribute" fn(CUfunction, c_uint, c_int);
+    launch_with: "cuLaunchKernelEx" fn(*const sys::CUlaunchConfig, CUfunction, *mut *mut c_void, *mut *mut c_void);
     pointer_attributes: "cuPointerGetAttributes" fn(c_uint, *mut c_uint, *mut *mut c_void, u64);
     launch: "cuLaunchKernel" fn(
         CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, CUstream, *mut *mut c_void, *mut *mut c_void

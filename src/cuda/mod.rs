@@ -2,13 +2,16 @@
 //!
 //! ```text
 //! prepare:  current context ──> module cache          (modules: loads the embedded images once per context)
-//! run:      Problem ──> Plan ──> arguments ──> launch  (plan: kernel and grid; abi: what kernels/problem.h describes)
+//! run:      Problem ──> Plan ──> arguments ──> launch  (plan: kernel and grid; abi: what kernels/problem.h describes;
+//!                                                       chunked: the several launches of a prompt)
 //! ```
 //!
 //! The driver is found when the first call comes (driver): the library needs no CUDA to build, load or run elsewhere.
 
 #[cfg(feature = "cuda")]
 mod abi;
+#[cfg(feature = "cuda")]
+mod chunked;
 #[cfg(feature = "cuda")]
 mod driver;
 #[cfg(feature = "cuda")]

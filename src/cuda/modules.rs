@@ -1,5 +1,6 @@
 //! The embedded kernels, loaded once into each context that asks.
 
+use super::chunked::{self, Abilities};
 use super::driver::{CUcontext, CUdevice, CUfunction, Driver, driver};
 #[cfg(deltanet_nvcc)]
 use super::plan::SHAPES;
@@ -8,10 +9,11 @@ use cudarc::driver::sys::{CUdevice_attribute_enum as Device, CUfunction_attribut
 use std::ffi::{CStr, c_int};
 use std::sync::{PoisonError, RwLock};
 
-/// A fat binary for every architecture, with the names of the kernels in it.
+/// A fat binary for every architecture from `oldest` on, with the names of the kernels in it.
 struct Image {
     bytes: &'static Aligned<[u8]>,
     kernels: fn() -> Vec<&'static CStr>,
+    oldest: c_int,
 }
 
 /// The driver reads the image's header as integers.
@@ -19,21 +21,35 @@ struct Image {
 struct Aligned<T: ?Sized>(T);
 
 #[cfg(deltanet_nvcc)]
-const IMAGES: &[Image] = &[Image {
-    bytes: &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/recurrent.fatbin"))),
-    kernels: || SHAPES.iter().map(|shape| shape.name).collect(),
-}];
+const IMAGES: &[Image] = &[
+    Image {
+        bytes: &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/recurrent.fatbin"))),
+        kernels: || SHAPES.iter().map(|shape| shape.name).collect(),
+        oldest: OLDEST,
+    },
+    Image {
+        bytes: &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/chunked.fatbin"))),
+        kernels: || chunked::NAMES.to_vec(),
+        oldest: 80, // bf16 matrix products
+    },
+];
 #[cfg(not(deltanet_nvcc))]
 const IMAGES: &[Image] = &[];
 
 /// The oldest architecture with kernels: compute capability 7.5.
 const OLDEST: c_int = 75;
+/// The first of the chunked kernels among all.
+pub(crate) const FIRST_CHUNKED: usize = SHAPES.len();
+/// The first CUDA version that captures overlapping launches.
+const OVERLAP: c_int = 12030;
 
 /// What a context has after `prepare`.
 #[derive(Clone, Copy)]
 pub(crate) struct Prepared {
     context: u64,
     pub device: CUdevice,
+    /// What the chunked kernels may do here; none where there are none.
+    pub chunked: Option<Abilities>,
     /// In the order of the images and of the kernels in them.
     functions: &'static [Loaded],
 }
@@ -100,11 +116,12 @@ pub(crate) fn prepare() -> Result<Prepared> {
         "the current context's device has compute capability {major}.{minor}; it must be at least 7.5"
     );
     let mut functions = Vec::new();
-    for image in IMAGES {
+    for image in IMAGES.iter().filter(|image| major * 10 + minor >= image.oldest) {
         load(driver, image, &mut functions)?;
     }
+    let chunked = chunked_abilities(driver, device, functions.get(FIRST_CHUNKED..).unwrap_or_default())?;
     // Kept for the life of the process: a context's functions may be in use by any thread until it is destroyed.
-    let prepared = Prepared { context: id, device, functions: functions.leak() };
+    let prepared = Prepared { context: id, device, chunked, functions: functions.leak() };
     contexts.push(prepared);
     Ok(prepared)
 }
@@ -141,6 +158,32 @@ fn load(driver: &Driver, image: &Image, functions: &mut Vec<Loaded>) -> Result<(
         functions.push(Loaded(function));
     }
     Ok(())
+}
+
+/// What the chunked kernels may do on `device`, having allowed them the shared memory that they use.
+fn chunked_abilities(driver: &Driver, device: CUdevice, functions: &[Loaded]) -> Result<Option<Abilities>> {
+    let Some(first) = functions.first() else { return Ok(None) };
+    let arch = attribute(driver, Function::CU_FUNC_ATTRIBUTE_PTX_VERSION, first.0)?;
+    let (mut shared, mut version) = (0, 0);
+    let optin = Device::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+    // SAFETY: both are writable; a bad device is an error code.
+    driver.check(unsafe { (driver.device_attribute)(&mut shared, optin as u32, device) }, "cuDeviceGetAttribute")?;
+    // SAFETY: as above.
+    driver.check(unsafe { (driver.version)(&mut version) }, "cuDriverGetVersion")?;
+    let abilities = Abilities::new(arch, shared as usize, version >= OVERLAP);
+    if !chunked::fits(&abilities) {
+        return Ok(None);
+    }
+    let limit = Function::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    for (function, bytes) in functions.iter().zip(chunked::shared_sizes()) {
+        if bytes > shared as usize {
+            continue; // of the chunk length that is not this architecture's
+        }
+        // SAFETY: the function was loaded.
+        let code = unsafe { (driver.set_function_attribute)(function.0, limit as u32, bytes as c_int) };
+        driver.check(code, "cuFuncSetAttribute")?;
+    }
+    Ok(Some(abilities))
 }
 
 /// The current context and its id.
@@ -189,27 +232,32 @@ mod tests {
     #[cfg(deltanet_nvcc)]
     #[test]
     fn kernels_do_not_spill() {
-        let log =
-            std::fs::read_to_string(concat!(env!("DELTANET_KERNELS"), "/recurrent.ptxas")).expect("build.rs wrote it");
-        let (mut kernel, mut looked_at) = ("", 0);
-        for line in log.lines() {
-            if line.contains("Compiling entry function") {
-                kernel = line;
+        let recurrent = concat!(env!("DELTANET_KERNELS"), "/recurrent.ptxas");
+        let chunked = concat!(env!("DELTANET_KERNELS"), "/chunked.ptxas");
+        for (log, kernels) in [(recurrent, super::SHAPES.len()), (chunked, super::chunked::NAMES.len())] {
+            let log = std::fs::read_to_string(log).expect("build.rs wrote it");
+            assert!(!log.contains("serialized"), "warpgroup products wait for each other");
+            let (mut kernel, mut looked_at) = ("", 0);
+            for line in log.lines() {
+                if line.contains("Compiling entry function") {
+                    kernel = line;
+                }
+                let tuned = kernel.contains("'sm_90a'") || kernel.contains("'sm_86'");
+                if tuned && line.contains("spill stores") {
+                    looked_at += 1;
+                    assert!(line.contains(" 0 bytes spill stores, 0 bytes spill loads"), "{kernel}: {line}");
+                }
             }
-            let tuned = kernel.contains("'sm_90a'") || kernel.contains("'sm_86'");
-            if tuned && line.contains("spill stores") {
-                looked_at += 1;
-                assert!(line.contains(" 0 bytes spill stores, 0 bytes spill loads"), "{kernel}: {line}");
-            }
+            assert!(looked_at >= kernels, "{looked_at} kernels in the log");
         }
-        assert!(looked_at >= super::SHAPES.len(), "{looked_at} kernels in the log");
     }
 
     #[test]
     fn every_kernel_has_its_own_name() {
-        let mut names: Vec<_> = super::SHAPES.iter().map(|shape| shape.name).collect();
+        let mut names: Vec<_> = super::SHAPES.iter().map(|shape| shape.name).chain(super::chunked::NAMES).collect();
+        let all = names.len();
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), super::SHAPES.len());
+        assert_eq!(names.len(), all);
     }
 }

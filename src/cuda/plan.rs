@@ -1,6 +1,7 @@
 //! Which kernel a problem gets, and how it is launched. The one place where shape chooses a CUDA kernel.
 
 use super::abi::{DnFast, DnProblem};
+use super::chunked::{ChunkArgs, Chunked};
 use crate::error::{Error, Result, Status};
 use crate::problem::Problem;
 use std::ffi::{CStr, c_void};
@@ -70,6 +71,7 @@ impl Shape {
 pub(crate) enum Arguments {
     Fast(DnFast),
     Any(DnProblem),
+    Chunk(ChunkArgs),
 }
 
 /// One kernel launch.
@@ -80,6 +82,8 @@ pub(crate) struct Launch {
     pub threads: u32,
     /// Bytes of dynamic shared memory.
     pub shared: u32,
+    /// Whether it may start before the launch ahead of it is done: the kernel waits for that itself.
+    pub overlap: bool,
     pub arguments: Arguments,
 }
 
@@ -88,16 +92,24 @@ impl Launch {
         match &mut self.arguments {
             Arguments::Fast(arguments) => (&raw mut *arguments).cast(),
             Arguments::Any(arguments) => (&raw mut *arguments).cast(),
+            Arguments::Chunk(arguments) => (&raw mut *arguments).cast(),
         }
     }
 }
 
 /// How a problem is run on CUDA.
 pub(crate) struct Plan {
-    /// In order; none where there is nothing to compute.
+    /// The token-serial kernel for all tokens; none where there is nothing to compute.
     pub launch: Option<Launch>,
-    /// Bytes of device memory that the kernels need beside the tensors.
+    /// The chunked kernels instead, on devices that have them.
+    pub chunked: Option<Chunked>,
+    /// Bytes of device memory that the kernels need beside the tensors, the same on every device.
     pub workspace: usize,
+}
+
+/// States whose value channels are neighbours are walked along those; for all others the order does not matter.
+pub(crate) fn value_contiguous(problem: &Problem) -> bool {
+    problem.state_in.nb_v == size_of::<f32>() && problem.state_in.nb_k != size_of::<f32>()
 }
 
 /// An error that says what CUDA cannot do.
@@ -106,11 +118,10 @@ pub(crate) fn unsupported(words: fmt::Arguments<'_>) -> Error {
 }
 
 impl Plan {
-    /// The plan for `problem`, the same on every device.
+    /// The plan for `problem`.
     pub fn new(problem: &Problem) -> Result<Plan> {
         let (s, heads) = (problem.head_size(), problem.value_heads());
-        // States whose value channels are neighbours are walked along those; for all others the order does not matter.
-        let value_contiguous = problem.state_in.nb_v == size_of::<f32>() && problem.state_in.nb_k != size_of::<f32>();
+        let value_contiguous = value_contiguous(problem);
         let mut any = DnProblem::of(problem, value_contiguous)?;
         let fast = any.fast();
         let fits = |shape: &&Shape| {
@@ -132,7 +143,7 @@ impl Plan {
             )));
         }
         if problem.sequences() == 0 || problem.writes_nothing() {
-            return Ok(Plan { launch: None, workspace: 0 });
+            return Ok(Plan { launch: None, chunked: None, workspace: 0 });
         }
         let shape = &SHAPES[function];
         let tile = TILE.min(problem.tokens()).max(1);
@@ -147,8 +158,10 @@ impl Plan {
             grid: grid.map(|blocks| blocks as u32),
             threads: shape.threads() as u32,
             shared: shape.shared_bytes(tile) as u32,
+            overlap: false,
             arguments,
         };
-        Ok(Plan { launch: Some(launch), workspace: 0 })
+        let chunked = Chunked::new(problem);
+        Ok(Plan { launch: Some(launch), chunked, workspace: chunked.map_or(0, |chunked| chunked.workspace) })
     }
 }

@@ -1,11 +1,12 @@
 //! Running a problem on the caller's stream.
 
+use super::abi::DnProblem;
 use super::driver::{CUdevice, driver};
-use super::modules;
-use super::plan::Plan;
+use super::modules::{self, FIRST_CHUNKED, Prepared};
+use super::plan::{Launch, Plan, value_contiguous};
 use crate::error::{Result, ensure};
 use crate::problem::Problem;
-use cudarc::driver::sys::{CUmemorytype_enum as MemoryType, CUpointer_attribute_enum as Pointer};
+use cudarc::driver::sys::{self, CUmemorytype_enum as MemoryType, CUpointer_attribute_enum as Pointer};
 use std::ffi::{CStr, c_char, c_int, c_void};
 
 /// Loads the kernels into the current context.
@@ -27,8 +28,7 @@ pub fn workspace_size(problem: &Problem) -> Result<usize> {
 /// writes to the inputs or touches the outputs and the workspace. `stream` is null or a stream of the current context.
 pub unsafe fn run(problem: &Problem, workspace: *mut c_void, workspace_size: usize, stream: *mut c_void) -> Result<()> {
     modules::built()?;
-    let mut plan = Plan::new(problem)?;
-    let driver = driver()?;
+    let plan = Plan::new(problem)?;
     let prepared = modules::prepared()?;
     for (name, address) in problem.addresses() {
         on_device(name, address, prepared.device)?;
@@ -48,28 +48,52 @@ pub unsafe fn run(problem: &Problem, workspace: *mut c_void, workspace_size: usi
         );
         on_device("workspace", workspace.cast(), prepared.device)?;
     }
-    let Some(launch) = &mut plan.launch else { return Ok(()) };
-    let ([x, y, z], threads, shared) = (launch.grid, launch.threads, launch.shared);
-    let mut arguments = [launch.argument()];
-    let function = prepared.function(launch.function);
-    // SAFETY: the function belongs to the current context and takes one argument, of the type that the plan chose with
-    // it; the driver copies it before it returns. The caller vouches for the memory and the stream.
-    let code = unsafe {
-        (driver.launch)(
-            function,
-            x,
-            y,
-            z,
-            threads,
-            1,
-            1,
-            shared,
-            stream.cast(),
-            arguments.as_mut_ptr(),
-            std::ptr::null_mut(),
-        )
+    let (Some(chunked), Some(device)) = (plan.chunked, prepared.chunked) else {
+        return plan.launch.map_or(Ok(()), |launch| enqueue(&prepared, launch, stream));
     };
-    driver.check(code, "cuLaunchKernel")
+    let arguments = DnProblem::of(problem, value_contiguous(problem))?;
+    let mut launches = chunked.launches(problem, arguments, &device, FIRST_CHUNKED, workspace);
+    launches.try_for_each(|launch| enqueue(&prepared, launch, stream))?;
+    if chunked.tail == 0 {
+        return Ok(());
+    }
+    let rest = problem.last_tokens(chunked.tail, chunked.state_end(problem, &launches));
+    Plan::new(&rest)?.launch.map_or(Ok(()), |launch| enqueue(&prepared, launch, stream))
+}
+
+/// Puts one launch on the stream.
+fn enqueue(prepared: &Prepared, mut launch: Launch, stream: *mut c_void) -> Result<()> {
+    let driver = driver()?;
+    let ([x, y, z], threads, shared) = (launch.grid, launch.threads, launch.shared);
+    let (function, overlap) = (prepared.function(launch.function), launch.overlap);
+    let mut arguments = [launch.argument()];
+    let (arguments, none) = (arguments.as_mut_ptr(), std::ptr::null_mut());
+    if !overlap {
+        // SAFETY: the function belongs to the current context and takes one argument, of the type that the plan chose
+        // with it; the driver copies it before it returns. `run`'s caller vouches for the memory and the stream.
+        let code = unsafe { (driver.launch)(function, x, y, z, threads, 1, 1, shared, stream.cast(), arguments, none) };
+        return driver.check(code, "cuLaunchKernel");
+    }
+    let mut attribute = sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    };
+    let config = sys::CUlaunchConfig {
+        gridDimX: x,
+        gridDimY: y,
+        gridDimZ: z,
+        blockDimX: threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: shared,
+        hStream: stream.cast(),
+        attrs: &mut attribute,
+        numAttrs: 1,
+    };
+    // SAFETY: as above; the driver reads the configuration and its one attribute before it returns.
+    let code = unsafe { (driver.launch_with)(&config, function, arguments, none) };
+    driver.check(code, "cuLaunchKernelEx")
 }
 
 /// Whether `device` can read the memory at `address` as its own.

@@ -1,0 +1,437 @@
+// Stage 1 of the chunked kernel: everything of a chunk that does not depend on the state. One block per chunk, key head
+// and pair of its value heads:
+//
+//     A = tril(beta K K^T * D, -1),  T = (I + A)^-1 diag(beta),  P = tril(Q K^T * D),  D_ij = exp(G_i - G_j)
+//
+// with G the running log-decay. K, Q, T and P go to the workspace as tile images. The inverse: 16 x 16
+// diagonal blocks by forward substitution in f32, the blocks below them by block forward substitution in bf16x3.
+#pragma once
+#include "chunk_tiles.cuh"
+#include "tensor_core.cuh"
+
+// Running log-decays as a pair of floats: the difference of two entries is then as good as if formed in double, without
+// double arithmetic per matrix entry.
+struct LogDecay {
+    float hi, lo;
+};
+__device__ inline float log_between(const LogDecay &to, const LogDecay &from) {
+    return (to.hi - from.hi) + (to.lo - from.lo);
+}
+
+template <int S, int C, int PARTS>
+struct PrepareSmem {
+    union {
+        struct {
+            unsigned char k[PARTS][C * S * 2], q[PARTS][C * S * 2];
+        } image;
+        struct {
+            unsigned char images[2][2 * Tiles<S, C, PARTS>::T]; // T, P of two heads
+            float a[2][C][C + 4]; // rows padded by 16 bytes, which spreads them over banks
+            float diagonal[2][C / 16][16][24]; // inverses of the diagonal blocks
+        } solve;
+    };
+    LogDecay g[2][C];
+    float beta[2][C];
+    float vec[2][2 * C];
+};
+
+// A block's bytes from shared to global memory: by the copy engine, or 16 at a time. After a barrier that follows the
+// writers' fence.
+__device__ inline void flush(void *dst, const void *src, int bytes) {
+#if DN_BULK_COPY
+    if (threadIdx.x == 0) bulk_store(dst, smem_address(src), bytes);
+#else
+    for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16) *(uint4 *)((char *)dst + i) = *(const uint4 *)((const char *)src + i);
+#endif
+}
+
+__device__ inline void flush_commit() {
+#if DN_BULK_COPY
+    if (threadIdx.x == 0) bulk_store_commit();
+#endif
+}
+// Before the barrier after which the source is overwritten.
+__device__ inline void flush_wait_read() {
+#if DN_BULK_COPY
+    if (threadIdx.x == 0) bulk_store_wait_read();
+#endif
+}
+
+// This thread's channels of a row of K or Q, eight at a time with a stride of 32: as they lie in memory if `vec`, so that
+// nothing waits for a load here; else as f32, by way of this thread's part of `scratch`.
+template <int S, int THREADS>
+__device__ inline void load_row(uint4 (&raw)[S / 16], const dn_view &view, const char *row, int dtype, bool vec, bool there,
+                                void *scratch) {
+    const int part = threadIdx.x & 3;
+    const auto channel = [&](int i) { return (i / 2 * 4 + part) * 8 + i % 2 * 4; };
+#pragma unroll
+    for (int i = 0; i < S / 16; i++) raw[i] = make_uint4(0, 0, 0, 0);
+    if (!there) return;
+    if (!vec) {
+        float4 *own = (float4 *)scratch + threadIdx.x;
+#pragma unroll 1
+        for (int i = 0; i < S / 16; i++) own[i * THREADS] = dn_load4(view, row, channel(i), dtype, false);
+#pragma unroll
+        for (int i = 0; i < S / 16; i++) raw[i] = *(const uint4 *)(own + i * THREADS);
+    } else if (dtype == DN_F32) {
+#pragma unroll
+        for (int i = 0; i < S / 16; i++) raw[i] = *(const uint4 *)(row + channel(i) * 4);
+    } else {
+#pragma unroll
+        for (int i = 0; i < S / 16; i++) {
+            const uint2 x = *(const uint2 *)(row + channel(i) * 2);
+            raw[i] = make_uint4(x.x, x.y, 0, 0);
+        }
+    }
+}
+
+// Four channels as load_row left them.
+__device__ inline float4 raw4_to_f32(const uint4 &raw, int dtype) {
+    if (dtype != DN_F32) return dn_unpack4(make_uint2(raw.x, raw.y), dtype);
+    return make_float4(__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z), __uint_as_float(raw.w));
+}
+
+// Normalised if asked for, split, to shared memory.
+template <int S, int C, int PARTS>
+__device__ inline void stage_row(const dn_problem &p, const uint4 (&raw)[S / 16], int dtype, bool there,
+                                 unsigned char (&smem)[PARTS][C * S * 2]) {
+    using L = Tiles<S, C, PARTS>;
+    const int row = threadIdx.x >> 2, part = threadIdx.x & 3;
+    float r = 1;
+    if (p.qk_norm) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < S / 16; i++) {
+            const float4 x = raw4_to_f32(raw[i], dtype);
+            sum = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, sum))));
+        }
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        r = there ? 1.0f / sqrtf(sum + p.qk_norm_eps) : 0.0f; // eps may be 0
+    }
+#pragma unroll
+    for (int i = 0; i < S / 32; i++) {
+        uint32_t hi[4], lo[4];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float4 x = raw4_to_f32(raw[2 * i + j], dtype);
+            split_bf16(x.x * r, x.y * r, hi[2 * j], lo[2 * j]);
+            split_bf16(x.z * r, x.w * r, hi[2 * j + 1], lo[2 * j + 1]);
+        }
+        const int at = L::kq_offset(row, (i * 4 + part) * 8);
+        *(uint4 *)(smem[0] + at) = make_uint4(hi[0], hi[1], hi[2], hi[3]);
+        if (PARTS == 2) *(uint4 *)(smem[PARTS - 1] + at) = make_uint4(lo[0], lo[1], lo[2], lo[3]);
+    }
+}
+
+// acc += a b for two n-tiles.
+__device__ inline void mma_pair(float (&acc)[2][4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+    mma_bf16(acc[0], a, b[0], b[1]);
+    mma_bf16(acc[1], a, b[2], b[3]);
+}
+// In three products; the small ones first.
+__device__ inline void mma_split(float (&acc)[2][4], const uint32_t (&ah)[4], const uint32_t (&al)[4],
+                                 const uint32_t (&bh)[4], const uint32_t (&bl)[4]) {
+    mma_pair(acc, al, bh);
+    mma_pair(acc, ah, bl);
+    mma_pair(acc, ah, bh);
+}
+
+// The operand B = M^T for a 16 x 16 block of f32 in shared memory, rows ROW floats apart.
+template <int ROW>
+__device__ inline void transposed_operand(uint32_t (&hi)[4], uint32_t (&lo)[4], const float *m) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const float2 x = *(const float2 *)(m + (g + (j >> 1) * 8) * ROW + (j & 1) * 8 + 2 * t);
+        split_bf16(x.x, x.y, hi[j], lo[j]);
+    }
+}
+
+// The slot's sequence and chunk; false when the slot is empty.
+template <int C>
+__device__ inline bool find_chunk(const dn_chunk_args &a, int slot, int &b, int &chunk) {
+    if (!a.p.cu_seqlens) {
+        b = a.seq0 + slot / a.nchunks;
+        chunk = a.chunk0 + slot % a.nchunks;
+        return chunk < chunks_of<C>(a, b);
+    }
+    chunk = a.chunk0 + slot;
+    for (b = 0; b < a.p.B; b++) {
+        const int n = chunks_of<C>(a, b);
+        if (chunk < n) return true;
+        chunk -= n;
+    }
+    return false;
+}
+
+template <int S, int C, int PARTS>
+struct Prepare {
+    using L = Tiles<S, C, PARTS>;
+    using Smem = PrepareSmem<S, C, PARTS>;
+    static constexpr int BLOCKS = C / 16; // 16 x 16 blocks along a side
+
+    // Two neighbouring entries of an image of T or P.
+    __device__ static void store_pair(unsigned char *image, int row, int column, uint32_t hi, uint32_t lo) {
+        unsigned char *at = image + L::t_offset(row, column & ~7) + (column & 7) * 2;
+        *(uint32_t *)at = hi;
+        if (PARTS == 2) *(uint32_t *)(at + L::T_PART) = lo;
+    }
+    __device__ static void store_zero_block(unsigned char *image, int i, int j) {
+        const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#pragma unroll
+        for (int e = 0; e < 4; e++) store_pair(image, i * 16 + (e >> 1) * 8 + g, j * 16 + (e & 1) * 8 + 2 * t, 0, 0);
+    }
+
+    // Running log-decays in double, betas and decay vectors of one head, by one warp.
+    __device__ static void gates(const dn_problem &p, Smem &sm, int i, const char *gb, const char *bb, int tokens) {
+        const int lane = threadIdx.x & 31;
+        double before = 0;
+#pragma unroll
+        for (int part = 0; part < C / 32; part++) {
+            const int row = part * 32 + lane;
+            float gate = 0, beta = 0;
+            if (row < tokens) {
+                gate = dn_log_decay(*(const float *)(gb + row * p.g.nb[2]), p.gate_max);
+                beta = dn_beta(*(const float *)(bb + row * p.beta.nb[2]), p.beta_kind);
+            }
+            // exp(-110) is 0 in f32: a lower bound costs nothing, and keeps -inf out of differences.
+            double sum = gate < -110.0f ? -110.0 : (double)gate;
+#pragma unroll
+            for (int d = 1; d < 32; d *= 2) {
+                const double up = __shfl_up_sync(~0u, sum, d);
+                if (lane >= d) sum += up;
+            }
+            sum += before;
+            before = __shfl_sync(~0u, sum, 31);
+            const float hi = (float)sum;
+            sm.g[i][row] = {hi, (float)(sum - (double)hi)};
+            sm.beta[i][row] = beta;
+        }
+        __syncwarp();
+        const LogDecay last = sm.g[i][C - 1];
+#pragma unroll
+        for (int part = 0; part < C / 32; part++) {
+            const int row = part * 32 + lane;
+            const LogDecay at = sm.g[i][row];
+            sm.vec[i][row] = expf(at.hi + at.lo);
+            sm.vec[i][C + row] = expf(log_between(last, at));
+        }
+    }
+
+    // A to shared memory and P to the workspace, from one 16 x 16 block of K K^T and Q K^T. A difference of log-decays is
+    // selected before its exponential: above the diagonal it could overflow.
+    __device__ static void decay_block(Smem &sm, int i, int tile, int n, const float (&kk)[2][4],
+                                       const float (&qk)[2][4], unsigned char *p_image) {
+        const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int r = tile * 16 + half * 8 + g;
+            const LogDecay to = sm.g[i][r];
+            const float beta = sm.beta[i][r];
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const int c = n * 16 + j * 8 + 2 * t;
+                float2 d;
+                d.x = __expf(r >= c ? log_between(to, sm.g[i][c]) : -200.0f);
+                d.y = __expf(r >= c + 1 ? log_between(to, sm.g[i][c + 1]) : -200.0f);
+                float2 x = make_float2(r > c ? beta * kk[j][2 * half] * d.x : 0.0f,
+                                       r > c + 1 ? beta * kk[j][2 * half + 1] * d.y : 0.0f);
+                *(float2 *)&sm.solve.a[i][r][c] = x;
+                uint32_t hi, lo;
+                split_bf16(r >= c ? qk[j][2 * half] * d.x : 0.0f,
+                           r >= c + 1 ? qk[j][2 * half + 1] * d.y : 0.0f, hi, lo);
+                store_pair(p_image, r, c, hi, lo);
+            }
+        }
+    }
+
+    // The inverse of diagonal block b of I + A: a lane per column, forward substitution.
+    __device__ static void invert_diagonal(Smem &sm, int i, int b) {
+        const int lane = threadIdx.x & 31, c = lane & 15;
+        float x[16];
+#pragma unroll
+        for (int r = 0; r < 16; r++) x[r] = r == c ? 1.0f : 0.0f;
+#pragma unroll
+        for (int j = 0; j < 16; j += 2) {
+            float2 m[16];
+#pragma unroll
+            for (int r = j + 1; r < 16; r++) m[r] = *(const float2 *)&sm.solve.a[i][b * 16 + r][b * 16 + j];
+            // Column after column: the updates of a column do not wait for one another.
+#pragma unroll
+            for (int r = j + 1; r < 16; r++) x[r] = fmaf(-m[r].x, x[j], x[r]);
+#pragma unroll
+            for (int r = j + 2; r < 16; r++) x[r] = fmaf(-m[r].y, x[j + 1], x[r]);
+        }
+        if (lane >= 16) return;
+#pragma unroll
+        for (int r = 0; r < 16; r++) sm.solve.diagonal[i][b][r][c] = x[r];
+    }
+
+    // Block column j of T, held transposed (its columns are the rows of every product, as in the scan):
+    //     X_i = - (sum_{j <= k < i} X_k A_ik^T) X_ii^T
+    __device__ static void block_column(Smem &sm, int i_head, int j, unsigned char *image) {
+        const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+        uint32_t xh[BLOCKS][4], xl[BLOCKS][4];
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) {
+            if (i < j) {
+                store_zero_block(image, i, j);
+                continue;
+            }
+            float z[2][4] = {};
+            if (i == j) {
+                const float(*d)[24] = sm.solve.diagonal[i_head][j];
+#pragma unroll
+                for (int n = 0; n < 2; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) z[n][e] = d[n * 8 + 2 * t + (e & 1)][g + (e >> 1) * 8];
+            } else {
+                float y[2][4] = {};
+#pragma unroll
+                for (int k = 0; k < i; k++) {
+                    if (k < j) continue;
+                    uint32_t bh[4], bl[4];
+                    transposed_operand<C + 4>(bh, bl, &sm.solve.a[i_head][i * 16][k * 16]);
+                    mma_split(y, xh[k], xl[k], bh, bl);
+                }
+                uint32_t yh[4], yl[4], bh[4], bl[4];
+#pragma unroll
+                for (int e = 0; e < 4; e++) split_bf16(-y[e >> 1][(e & 1) * 2], -y[e >> 1][(e & 1) * 2 + 1], yh[e], yl[e]);
+                transposed_operand<24>(bh, bl, &sm.solve.diagonal[i_head][i][0][0]);
+                mma_split(z, yh, yl, bh, bl);
+            }
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int n = e >> 1, half = e & 1;
+                const float z0 = z[n][half * 2], z1 = z[n][half * 2 + 1], beta = sm.beta[i_head][j * 16 + half * 8 + g];
+                split_bf16(z0, z1, xh[i][e], xl[i][e]);
+                uint32_t hi, lo;
+                split_bf16(z0 * beta, z1 * beta, hi, lo);
+                store_pair(image, i * 16 + n * 8 + g, j * 16 + half * 8 + 2 * t, transpose8x8(hi), transpose8x8(lo));
+            }
+        }
+    }
+};
+
+template <int S, int C, int PARTS>
+__device__ inline void chunk_prepare(const dn_chunk_args &a) {
+    using L = Tiles<S, C, PARTS>;
+    using Smem = PrepareSmem<S, C, PARTS>;
+    using X = Prepare<S, C, PARTS>;
+    extern __shared__ __align__(1024) unsigned char smem_raw[];
+    Smem &sm = *reinterpret_cast<Smem *>(smem_raw);
+    const dn_problem &p = a.p;
+    const int slot = blockIdx.x, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    launch_next();
+    int b, chunk;
+    dn_sequence seq;
+    if (!find_chunk<C>(a, slot, b, chunk) || !dn_sequence_of(p, b, seq)) {
+        if (blockIdx.x == 0 && blockIdx.y == 0) wait_for_previous();
+        return;
+    }
+    const int tokens = min(C, seq.len - a.tail - chunk * C);
+    const int64_t token = (int64_t)seq.start + (int64_t)chunk * C;
+
+    const int rep = p.Hv / p.Hk, pairs = (rep + 1) / 2;
+    const int kh = blockIdx.y / pairs, r0 = blockIdx.y % pairs * 2, pair = min(2, rep - r0);
+    const auto head = [&](int i) { return p.head_map ? kh * rep + r0 + i : kh + p.Hk * (r0 + i); };
+    const auto gates = [&] {
+        if (warp >= pair) return;
+        const int h = head(warp);
+        const char *gb = (const char *)p.g.data + h * p.g.nb[1] + token * p.g.nb[2] + seq.b * p.g.nb[3];
+        const char *bb = (const char *)p.beta.data + h * p.beta.nb[1] + token * p.beta.nb[2] + seq.b * p.beta.nb[3];
+        X::gates(p, sm, warp, gb, bb, tokens);
+    };
+
+    { // Four threads to a row make 4 C threads. All loads go out before the first is waited for.
+        const int row = threadIdx.x >> 2;
+        const bool there = row < tokens;
+        const char *kb = (const char *)p.k.data + kh * p.k.nb[1] + (token + row) * p.k.nb[2] + seq.bq * p.k.nb[3];
+        const char *qb = (const char *)p.q.data + kh * p.q.nb[1] + (token + row) * p.q.nb[2] + seq.bq * p.q.nb[3];
+        const bool vk = p.flags & DN_VEC_K, vq = p.flags & DN_VEC_Q;
+        uint4 k[S / 16], q[S / 16];
+        load_row<S, 4 * C>(k, p.k, kb, p.dtype_k, vk, there, smem_raw);
+        load_row<S, 4 * C>(q, p.q, qb, p.dtype_q, vq, there, smem_raw);
+        if (!vk || !vq) __syncthreads(); // scratch is read
+        gates();
+        stage_row<S, C, PARTS>(p, k, vk ? p.dtype_k : DN_F32, there, sm.image.k);
+        stage_row<S, C, PARTS>(p, q, vq ? p.dtype_q : DN_F32, there, sm.image.q);
+    }
+    async_proxy_fence();
+    __syncthreads();
+    if (r0 == 0) {
+        unsigned char *out = (unsigned char *)a.kq + ((int64_t)slot * p.Hk + kh) * L::KQ;
+        flush(out, sm.image.k, PARTS * L::KQ_PART);
+        flush(out + PARTS * L::KQ_PART, sm.image.q, PARTS * L::KQ_PART);
+        flush_commit();
+    }
+
+    // Two warps to a row tile: one takes the even column blocks up to the diagonal, one the odd ones.
+    constexpr int OWN = C / 32;
+    const int tile = warp >> 1;
+    float kk[OWN][2][4] = {}, qk[OWN][2][4] = {};
+    if ((warp & 1) <= tile) {
+        const uint32_t keys = smem_address(sm.image.k[0]), queries = smem_address(sm.image.q[0]);
+        constexpr int PART = C * S * 2;
+        const int a_row = tile * 16 + (lane & 15), a_col = (lane >> 4) * 8;
+        const int b_row = (lane & 7) + ((lane >> 4) << 3), b_col = ((lane >> 3) & 1) * 8;
+#pragma unroll 1
+        for (int ks = 0; ks < S / 16; ks++) {
+            uint32_t kh_[4], kl[4], qh[4], ql[4];
+            const int at = L::kq_offset(a_row, ks * 16 + a_col);
+            ldmatrix4(kh_, keys + at);
+            ldmatrix4(qh, queries + at);
+            if (PARTS == 2) {
+                ldmatrix4(kl, keys + PART + at);
+                ldmatrix4(ql, queries + PART + at);
+            }
+#pragma unroll
+            for (int m = 0; m < OWN; m++) {
+                const int n = (warp & 1) + 2 * m;
+                if (n > tile) break;
+                uint32_t bh[4], bl[4];
+                const uint32_t bt = keys + L::kq_offset(n * 16 + b_row, ks * 16 + b_col);
+                ldmatrix4(bh, bt);
+                if (PARTS == 2) {
+                    ldmatrix4(bl, bt + PART);
+                    mma_pair(kk[m], kl, bh);
+                    mma_pair(qk[m], ql, bh);
+                    mma_pair(kk[m], kh_, bl);
+                    mma_pair(qk[m], qh, bl);
+                }
+                mma_pair(kk[m], kh_, bh);
+                mma_pair(qk[m], qh, bh);
+            }
+        }
+    }
+
+    flush_wait_read();
+    __syncthreads(); // the images' place is free
+#pragma unroll 1
+    for (int i = 0; i < pair; i++) {
+        unsigned char *p_image = sm.solve.images[i] + L::T;
+#pragma unroll
+        for (int m = 0; m < OWN; m++) {
+            const int n = (warp & 1) + 2 * m;
+            if (n <= tile) X::decay_block(sm, i, tile, n, kk[m], qk[m], p_image);
+            else X::store_zero_block(p_image, tile, n);
+        }
+    }
+    __syncthreads();
+    const int i = warp / X::BLOCKS, j = warp % X::BLOCKS; // a warp per diagonal block, then per block column
+    if (i < pair) X::invert_diagonal(sm, i, j);
+    __syncthreads();
+    if (i < pair) X::block_column(sm, i, j, sm.solve.images[i]);
+    async_proxy_fence();
+    __syncthreads();
+    for (int e = 0; e < pair; e++) {
+        unsigned char *out = (unsigned char *)a.th + ((int64_t)slot * p.Hv + head(e)) * L::TH;
+        flush(out, sm.solve.images[e], 2 * L::T);
+        flush(out + 2 * L::T, sm.vec[e], L::VEC);
+    }
+    flush_commit();
+    flush_wait_read(); // shared memory is given up at the end
+    // The kernel after this one waits for this one alone, and must find the one before complete as well.
+    if (blockIdx.x == 0 && blockIdx.y == 0) wait_for_previous();
+}

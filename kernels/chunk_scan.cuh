@@ -1,0 +1,529 @@
+// Stage 2 of the chunked kernel: the scan over chunks. A block owns 64 value columns of one head of one sequence; each of
+// its four warps 16 of them, and keeps their state, transposed, as f32 accumulator fragments from the first chunk to the
+// last. Everything is formed transposed (columns are the rows of every product), because an accumulator fragment is then,
+// split into bf16, the register operand of the next product: the chain of a chunk never leaves registers.
+//
+//     R = V - gamma (K S),   U = T R,   O = scale (gamma (Q S) + P U),   S = gamma_C S + K^T (U gamma_C / gamma)
+//
+// The increment of S is accumulated from zero and added in f32: tensor cores round toward zero.
+// The order below keeps the tensor cores busy while R, U and S are split: half of Q S runs beside each of R and U.
+#pragma once
+#include "chunk_tiles.cuh"
+#include "tensor_core.cuh"
+
+// How the tensors v and out lie in memory: f32 with aligned rows, 16-bit with aligned rows, or anything.
+enum ScanIo { IO_F32 = 0, IO_16 = 1, IO_ANY = 2 };
+
+template <int S, int C, int PARTS>
+struct ScanSmem {
+    using L = Tiles<S, C, PARTS>;
+    static constexpr int COLS = 64;
+    static constexpr int V_ROW = COLS * 4;
+    // A stage: K, Q, T, P, decay vectors, as in the workspace. Two of them, and two of V.
+    static constexpr int T = L::KQ, P = T + L::T, VEC = P + L::T;
+    static constexpr int STAGE = (VEC + L::VEC + 1023) / 1024 * 1024;
+    static constexpr int V = 2 * STAGE;
+    static constexpr int V_STAGE = C * V_ROW;
+    static constexpr int BARS = V + 2 * V_STAGE;
+    static constexpr int SCRATCH = BARS + 16;
+    static constexpr int BYTES = SCRATCH + 16;
+    // Rows 2 i and 2 i + 1 share their place in the banks; the four pairs that a half warp reads do not.
+    __device__ static int v_offset(int row, int byte) { return row * V_ROW + (byte ^ (((row >> 1) & 3) << 5)); }
+};
+
+// acc[rows][n] (+)= A[rows][k] B[k][n], with B held k-contiguous ([n][k], as K, Q): k-steps KS0 to KS1 of S / 16.
+template <int S, int C, int PARTS, int KS0, int KS1>
+__device__ inline void product_rows(float (&acc)[C / 8][4], const uint32_t (&ah)[S / 16][4],
+                                    const uint32_t (&al)[S / 16][4], uint32_t tile) {
+    using L = Tiles<S, C, PARTS>;
+#if DN_WGMMA
+    const uint64_t d = wgmma_descriptor(tile, 16);
+#pragma unroll
+    for (int ks = KS0; ks < KS1; ks++) {
+        const uint64_t bh = d + (((ks / 4) * L::SUB + (ks % 4) * 32) >> 4), bl = bh + (L::KQ_PART >> 4);
+        if (PARTS == 2) {
+            wgmma<C, 0>(acc, al[ks], bh, ks != 0);
+            wgmma<C, 0>(acc, ah[ks], bl, 1);
+        }
+        wgmma<C, 0>(acc, ah[ks], bh, PARTS == 2 || ks != 0);
+    }
+#else
+    const int lane = threadIdx.x & 31;
+    const int row = (lane & 7) + ((lane >> 4) << 3), col = ((lane >> 3) & 1) * 8;
+    if (KS0 == 0) {
+#pragma unroll
+        for (int n = 0; n < C / 8; n++) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
+    }
+#pragma unroll
+    for (int ks = KS0; ks < KS1; ks++) {
+#pragma unroll
+        for (int n = 0; n < C / 16; n++) {
+            uint32_t bh[4], bl[4];
+            const uint32_t at = tile + L::kq_offset(n * 16 + row, ks * 16 + col);
+            ldmatrix4(bh, at);
+            if (PARTS == 2) ldmatrix4(bl, at + L::KQ_PART);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                if (PARTS == 2) {
+                    mma_bf16(acc[2 * n + j], al[ks], bh[2 * j], bh[2 * j + 1]);
+                    mma_bf16(acc[2 * n + j], ah[ks], bl[2 * j], bl[2 * j + 1]);
+                }
+                mma_bf16(acc[2 * n + j], ah[ks], bh[2 * j], bh[2 * j + 1]);
+            }
+        }
+    }
+#endif
+}
+
+// acc[rows][i] (+)= sum_j A[rows][j] M[i][j] for a lower triangular M (T, P): k-step s only touches i >= 16 s.
+template <int S, int C, int PARTS, bool FRESH>
+__device__ inline void product_triangle(float (&acc)[C / 8][4], const uint32_t (&ah)[C / 16][4],
+                                        const uint32_t (&al)[C / 16][4], uint32_t tile) {
+    using L = Tiles<S, C, PARTS>;
+#if DN_WGMMA
+    const uint64_t d = wgmma_descriptor(tile, 16);
+    auto step = [&](auto index) {
+        constexpr int s = decltype(index)::value;
+        if constexpr (s < C / 16) {
+            constexpr int N = C; // the zero half too: products over parts of an accumulator get serialised
+            const uint64_t bh = d + (((C - N) * L::ROW + s * 32) >> 4), bl = bh + (L::T_PART >> 4);
+            float(*part)[4] = &acc[(C - N) / 8];
+            if (PARTS == 2) {
+                wgmma<N, 0>(part, al[s], bh, !FRESH || s != 0);
+                wgmma<N, 0>(part, ah[s], bl, 1);
+            }
+            wgmma<N, 0>(part, ah[s], bh, !FRESH || PARTS == 2 || s != 0);
+        }
+    };
+    step(Index<0>());
+    step(Index<1>());
+    step(Index<2>());
+    step(Index<3>());
+#else
+    const int lane = threadIdx.x & 31;
+    const int row = (lane & 7) + ((lane >> 4) << 3), col = ((lane >> 3) & 1) * 8;
+    if (FRESH) {
+#pragma unroll
+        for (int n = 0; n < C / 8; n++) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
+    }
+#pragma unroll
+    for (int s = 0; s < C / 16; s++) {
+#pragma unroll
+        for (int n = s; n < C / 16; n++) {
+            uint32_t bh[4], bl[4];
+            const uint32_t at = tile + L::t_offset(n * 16 + row, s * 16 + col);
+            ldmatrix4(bh, at);
+            if (PARTS == 2) ldmatrix4(bl, at + L::T_PART);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                if (PARTS == 2) {
+                    mma_bf16(acc[2 * n + j], al[s], bh[2 * j], bh[2 * j + 1]);
+                    mma_bf16(acc[2 * n + j], ah[s], bl[2 * j], bl[2 * j + 1]);
+                }
+                mma_bf16(acc[2 * n + j], ah[s], bh[2 * j], bh[2 * j + 1]);
+            }
+        }
+    }
+#endif
+}
+
+// acc[rows][n] = sum_j A[rows][j] K[j][n]: the same image of K, read along the other axis.
+template <int S, int C, int PARTS>
+__device__ inline void product_columns(float (&acc)[S / 8][4], const uint32_t (&ah)[C / 16][4],
+                                       const uint32_t (&al)[C / 16][4], uint32_t tile) {
+    using L = Tiles<S, C, PARTS>;
+#if DN_WGMMA
+    const uint64_t d = wgmma_descriptor(tile, L::SUB);
+#pragma unroll
+    for (int s = 0; s < C / 16; s++) {
+#pragma unroll
+        for (int half = 0; half < S / 64; half++) {
+            const uint64_t bh = d + ((half * L::SUB + s * 2048) >> 4), bl = bh + (L::KQ_PART >> 4);
+            float(*part)[4] = &acc[half * 8];
+            if (PARTS == 2) {
+                wgmma<64, 1>(part, al[s], bh, s != 0);
+                wgmma<64, 1>(part, ah[s], bl, 1);
+            }
+            wgmma<64, 1>(part, ah[s], bh, PARTS == 2 || s != 0);
+        }
+    }
+#else
+    const int lane = threadIdx.x & 31;
+    const int row = lane & 15, col = (lane >> 4) * 8;
+#pragma unroll
+    for (int n = 0; n < S / 8; n++) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
+#pragma unroll
+    for (int s = 0; s < C / 16; s++) {
+#pragma unroll
+        for (int n = 0; n < S / 16; n++) {
+            uint32_t bh[4], bl[4];
+            const uint32_t at = tile + L::kq_offset(s * 16 + row, n * 16 + col);
+            ldmatrix4_trans(bh, at);
+            if (PARTS == 2) ldmatrix4_trans(bl, at + L::KQ_PART);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                if (PARTS == 2) {
+                    mma_bf16(acc[2 * n + j], al[s], bh[2 * j], bh[2 * j + 1]);
+                    mma_bf16(acc[2 * n + j], ah[s], bl[2 * j], bl[2 * j + 1]);
+                }
+                mma_bf16(acc[2 * n + j], ah[s], bh[2 * j], bh[2 * j + 1]);
+            }
+        }
+    }
+#endif
+}
+
+// Two accumulator tiles are one operand fragment; `scale(column)` multiplies a column on the way.
+template <int PARTS, int NT, class F>
+__device__ inline void to_operand(uint32_t (&hi)[NT / 2][4], uint32_t (&lo)[NT / 2][4], const float (&x)[NT][4], F scale) {
+    const int t = threadIdx.x & 3;
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        const float2 f = scale(n * 8 + 2 * t);
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float x0 = x[n][2 * j] * f.x, x1 = x[n][2 * j + 1] * f.y;
+            if (PARTS == 2) split_bf16(x0, x1, hi[n / 2][(n & 1) * 2 + j], lo[n / 2][(n & 1) * 2 + j]);
+            else hi[n / 2][(n & 1) * 2 + j] = pack_bf16(x0, x1);
+        }
+    }
+}
+
+// Has the operands of the next chunk finished here, beside the product that still runs: left to itself the compiler puts
+// the work behind the wait. The store never happens, but ptxas cannot know.
+template <int PARTS, int KS>
+__device__ inline void finish_here(const uint32_t (&hi)[KS][4], const uint32_t (&lo)[KS][4], uint32_t scratch) {
+#if DN_WGMMA
+    uint32_t z = ~0u;
+#pragma unroll
+    for (int i = 0; i < KS; i++) {
+        z &= hi[i][0] & hi[i][1] & hi[i][2] & hi[i][3];
+        if (PARTS == 2) z &= lo[i][0] & lo[i][1] & lo[i][2] & lo[i][3];
+    }
+    asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, %0, 0x7fc12345;\n@p st.shared.b32 [%1], %0;\n}" ::"r"(z), "r"(scratch)
+                 : "memory");
+#endif
+}
+
+template <int S, int C, int PARTS, int IO>
+struct Scan {
+    using L = Tiles<S, C, PARTS>;
+    using M = ScanSmem<S, C, PARTS>;
+
+    const dn_chunk_args &a;
+    unsigned char *smem;
+    uint32_t smem_at;
+    const unsigned char *kq, *th; // of this head, next chunk to fetch
+    int64_t kq_step, th_step;
+    const char *v; // of this head, column block and slab; for this thread's pieces
+    int tokens;    // of the sequence in this slab
+
+    // Contiguous bytes of the workspace to shared memory: one bulk copy by one thread, or 16 bytes per thread at a time.
+    __device__ void fetch(int dst, const unsigned char *src, int bytes, int stage) {
+#if DN_BULK_COPY
+        bulk_copy(smem_at + dst, src, bytes, smem_at + M::BARS + stage * 8);
+#else
+        for (int i = threadIdx.x * 16; i < bytes; i += 128 * 16) cp_async<16>(smem_at + dst + i, src + i);
+#endif
+    }
+    // The next chunk's tiles.
+    __device__ void fetch_tiles(int stage) {
+#if DN_BULK_COPY
+        if (threadIdx.x == 0) {
+            mbarrier_expect(smem_at + M::BARS + stage * 8, L::KQ + L::TH);
+#else
+        {
+#endif
+            fetch(stage * M::STAGE, kq, L::KQ, stage);
+            fetch(stage * M::STAGE + M::T, th, L::TH, stage);
+        }
+        kq += kq_step;
+        th += th_step;
+    }
+    // Value rows of 64 columns: 16-bit types as they are, f32 or anything else as f32. Tokens past the end are zero.
+    __device__ void fetch_v(int chunk, int stage) {
+        const dn_problem &p = a.p;
+        constexpr int ROWS = 8; // rows in a pass of the block
+        const int row0 = threadIdx.x >> 4, c = threadIdx.x & 15;
+        const int64_t step = p.v.nb[2] * ROWS;
+        const char *src = v + (int64_t)chunk * C * p.v.nb[2];
+        const int left = tokens - chunk * C;
+        unsigned char *tile = smem + M::V + stage * M::V_STAGE;
+        if (IO == IO_ANY) {
+#pragma unroll 1
+            for (int row = row0; row < C; row += ROWS, src += step) {
+                float4 x = make_float4(0, 0, 0, 0);
+                if (row < left) x = dn_load4(p.v, src, 0, p.dtype_v, false);
+                *(float4 *)(tile + M::v_offset(row, c * 16)) = x;
+            }
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < C / ROWS; i++) {
+            const int row = row0 + i * ROWS;
+            constexpr int BYTES = IO == IO_F32 ? 16 : 8;
+            const uint32_t dst = smem_at + M::V + stage * M::V_STAGE + M::v_offset(row, c * BYTES);
+            cp_async_or_zero<BYTES>(dst, src, row < left);
+            src += step;
+        }
+    }
+    __device__ float2 value(int stage, int row, int column) const {
+        const unsigned char *tile = smem + M::V + stage * M::V_STAGE;
+        if (IO != IO_16) return *(const float2 *)(tile + M::v_offset(row, column * 4));
+        const uint32_t x = *(const uint32_t *)(tile + M::v_offset(row, column * 2));
+        if (a.p.dtype_v == DN_F16) return make_float2(dn_f16_to_f32((uint16_t)x), dn_f16_to_f32((uint16_t)(x >> 16)));
+        return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+    }
+    __device__ float2 decays(int stage, int which, int i) const { // entries i, i + 1 of a decay vector
+        return *(const float2 *)(smem + stage * M::STAGE + M::VEC + which * C * 4 + i * 4);
+    }
+};
+
+// Where a warp's state fragments live in memory: rows of the fragment are value columns, columns are keys. Fragment rows
+// r and r + 8 are neighbouring value columns, so that a thread's outputs for a token are neighbours.
+struct StateAt {
+    char *base;
+    int64_t key_nb, column_nb;
+};
+template <int NT>
+__device__ inline void load_fragments(float (&s)[NT][4], const StateAt &m, int column) {
+    const int t = threadIdx.x & 3;
+    const char *at = m.base + column * m.column_nb;
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            s[n][j] = *(const float *)(at + (n * 8 + 2 * t + (j & 1)) * m.key_nb + (j >> 1) * m.column_nb);
+}
+template <int NT>
+__device__ inline void store_fragments(const float (&s)[NT][4], const StateAt &m, int column) {
+    const int t = threadIdx.x & 3;
+    char *at = m.base + column * m.column_nb;
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            *(float *)(at + (n * 8 + 2 * t + (j & 1)) * m.key_nb + (j >> 1) * m.column_nb) = s[n][j];
+}
+__device__ inline StateAt state_at(const dn_problem &p, const dn_state_view &v, int h, int row) {
+    char *base = (char *)v.data + h * v.nb[2] + (int64_t)row * v.nb[3];
+    return p.state_layout ? StateAt{base, v.nb[1], v.nb[0]} : StateAt{base, v.nb[0], v.nb[1]};
+}
+
+// The outputs of one chunk; `out` is the first column's at the chunk's token 2 t.
+template <int C, int IO>
+__device__ inline void store_output(const dn_problem &p, char *out, const float (&o)[C / 8][4], int left) {
+    const int64_t token = p.out.nb[2], step = 7 * token;
+    if (IO == IO_F32 && left >= C) { // the usual case, without a test per token
+#pragma unroll
+        for (int n = 0; n < C / 8; n++) {
+            *(float2 *)out = make_float2(o[n][0], o[n][2]);
+            out += token;
+            *(float2 *)out = make_float2(o[n][1], o[n][3]);
+            out += step;
+        }
+        return;
+    }
+    const int t = threadIdx.x & 3;
+#pragma unroll
+    for (int n = 0; n < C / 8; n++) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            if (n * 8 + 2 * t + j < left) {
+                const float x = o[n][j], y = o[n][2 + j];
+                if (IO == IO_F32) {
+                    *(float2 *)out = make_float2(x, y);
+                } else if (IO == IO_16) {
+                    *(uint32_t *)out = p.dtype_out == DN_BF16 ? pack_bf16(x, y) : pack_f16(x, y);
+                } else {
+                    dn_store(out, p.dtype_out, x);
+                    dn_store(out + p.out.nb[0], p.dtype_out, y);
+                }
+            }
+            out += j ? step : token;
+        }
+    }
+}
+
+template <int S, int C, int PARTS, int IO>
+__device__ inline void chunk_scan(const dn_chunk_args &a) {
+    using L = Tiles<S, C, PARTS>;
+    using M = ScanSmem<S, C, PARTS>;
+    extern __shared__ __align__(1024) unsigned char smem_raw[];
+    const dn_problem &p = a.p;
+    const int h = blockIdx.y, kh = dn_key_head(h, p.Hk, p.Hv, p.head_map), b = a.seq0 + blockIdx.z;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const int column = blockIdx.x * 64 + warp * 16 + 2 * g; // and the one after it
+    // Before anything is read that the previous kernel writes, and before any return: done is done for both.
+    wait_for_previous();
+    launch_next();
+    dn_sequence seq;
+    if (!dn_sequence_of(p, b, seq)) return;
+
+    // The chunks of this sequence in this slab: first, count, and the slot of the first in the workspace.
+    const int all = chunks_of<C>(a, b);
+    int first, count, slot;
+    bool begins, ends;
+    int carry_in = blockIdx.z, carry_out = blockIdx.z;
+    if (p.cu_seqlens) {
+        int base = 0;
+        for (int i = 0; i < b; i++) base += chunks_of<C>(a, i);
+        first = max(a.chunk0 - base, 0);
+        count = min(base + all, a.chunk0 + a.nchunks) - (base + first);
+        slot = base + first - a.chunk0;
+        begins = base >= a.chunk0 && base < a.chunk0 + a.nchunks;
+        if (!begins && count <= 0) return;
+        ends = base + all <= a.chunk0 + a.nchunks;
+        carry_in = a.carry_in, carry_out = a.carry_out;
+    } else {
+        first = a.chunk0;
+        count = min(all, a.chunk0 + a.nchunks) - first;
+        slot = blockIdx.z * a.nchunks;
+        begins = first == 0;
+        ends = all <= a.chunk0 + a.nchunks;
+    }
+    count = max(count, 0);
+
+    Scan<S, C, PARTS, IO> x{a, smem_raw, smem_address(smem_raw)};
+    x.kq = (const unsigned char *)a.kq + ((int64_t)slot * p.Hk + kh) * L::KQ;
+    x.th = (const unsigned char *)a.th + ((int64_t)slot * p.Hv + h) * L::TH;
+    x.kq_step = (int64_t)p.Hk * L::KQ;
+    x.th_step = (int64_t)p.Hv * L::TH;
+    const int64_t token = (int64_t)seq.start + (int64_t)first * C;
+    x.tokens = seq.len - a.tail - first * C;
+    x.v = (const char *)p.v.data + h * p.v.nb[1] + (token + (threadIdx.x >> 4)) * p.v.nb[2] + seq.b * p.v.nb[3] +
+          (blockIdx.x * 64 + (threadIdx.x & 15) * 4) * p.v.nb[0];
+    char *out = (char *)p.out.data + h * p.out.nb[1] + (token + 2 * t) * p.out.nb[2] + seq.b * p.out.nb[3] +
+                column * p.out.nb[0];
+
+#if DN_BULK_COPY
+    const uint32_t bars = x.smem_at + M::BARS;
+    if (threadIdx.x == 0) {
+        mbarrier_init(bars, 1);
+        mbarrier_init(bars + 8, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+#endif
+    if (count > 0) {
+        x.fetch_tiles(0);
+        x.fetch_v(0, 0);
+    }
+    cp_async_commit();
+    if (count > 1) x.fetch_tiles(1);
+    cp_async_commit();
+
+    const auto carry_at = [&](int i) {
+        return StateAt{(char *)a.carry + ((int64_t)i * p.Hv + h) * S * S * 4, 4, S * 4};
+    };
+    float s[S / 8][4];
+    load_fragments<S / 8>(s, begins ? state_at(p, p.state_in, h, seq.row_in) : carry_at(carry_in), column);
+
+    const auto one = [](int) { return make_float2(1, 1); };
+    uint32_t sh[S / 16][4], sl[S / 16][4];
+    to_operand<PARTS, S / 8>(sh, sl, s, one);
+    float done[C / 8][4]; // outputs of the chunk before, stored while this one's products run
+    for (int c = 0; c < count; c++) {
+        const int stage = c & 1;
+        const uint32_t k = x.smem_at + stage * M::STAGE, q = k + PARTS * L::KQ_PART;
+#if DN_BULK_COPY
+        mbarrier_wait(bars + stage * 8, (c >> 1) & 1);
+#else
+        cp_async_wait<1>();
+        __syncthreads();
+#endif
+        float acc[C / 8][4], o[C / 8][4];
+        wgmma_fence();
+        product_rows<S, C, PARTS, 0, S / 16>(acc, sh, sl, k);
+        wgmma_commit();
+        product_rows<S, C, PARTS, 0, S / 32>(o, sh, sl, q);
+        wgmma_commit();
+        if (c > 0) {
+            if (c + 1 < count) x.fetch_tiles(stage ^ 1);
+            store_output<C, IO>(p, out, done, x.tokens - (c - 1) * C);
+            out += C * p.out.nb[2];
+        }
+        cp_async_commit();
+        if (c + 1 < count) x.fetch_v(c + 1, stage ^ 1);
+        cp_async_commit();
+        cp_async_wait<2>();
+        __syncthreads(); // V of this chunk is there for all
+        wgmma_wait<1>();
+        wgmma_touch(acc);
+
+        // R, over K S.
+#pragma unroll
+        for (int n = 0; n < C / 8; n++) {
+            const int i = n * 8 + 2 * t;
+            const float2 gamma = x.decays(stage, 0, i);
+            const float2 v0 = x.value(stage, i, warp * 16 + 2 * g), v1 = x.value(stage, i + 1, warp * 16 + 2 * g);
+            acc[n][0] = fmaf(-gamma.x, acc[n][0], v0.x);
+            acc[n][1] = fmaf(-gamma.y, acc[n][1], v1.x);
+            acc[n][2] = fmaf(-gamma.x, acc[n][2], v0.y);
+            acc[n][3] = fmaf(-gamma.y, acc[n][3], v1.y);
+        }
+        uint32_t rh[C / 16][4], rl[C / 16][4];
+        to_operand<PARTS, C / 8>(rh, rl, acc, one);
+
+        float u[C / 8][4];
+        wgmma_fence();
+        product_triangle<S, C, PARTS, true>(u, rh, rl, k + M::T);
+        wgmma_commit();
+        product_rows<S, C, PARTS, S / 32, S / 16>(o, sh, sl, q);
+        wgmma_commit();
+        wgmma_wait<1>();
+        wgmma_touch(u);
+
+        float ds[S / 8][4];
+        uint32_t uh[C / 16][4], ul[C / 16][4], wh[C / 16][4], wl[C / 16][4];
+        to_operand<PARTS, C / 8>(wh, wl, u, [&](int i) { return x.decays(stage, 1, i); });
+        wgmma_wait<0>(); // all of Q S: its operands' registers are wanted
+        wgmma_touch(o);
+        wgmma_fence();
+        product_columns<S, C, PARTS>(ds, wh, wl, k);
+        wgmma_commit();
+        to_operand<PARTS, C / 8>(uh, ul, u, one);
+#pragma unroll
+        for (int n = 0; n < C / 8; n++) {
+            const float2 gamma = x.decays(stage, 0, n * 8 + 2 * t);
+            o[n][0] *= gamma.x;
+            o[n][1] *= gamma.y;
+            o[n][2] *= gamma.x;
+            o[n][3] *= gamma.y;
+        }
+        wgmma_fence();
+        product_triangle<S, C, PARTS, false>(o, uh, ul, k + M::P);
+        wgmma_commit();
+        const float decay = x.decays(stage, 0, C - 2).y;
+        wgmma_wait<1>(); // the increment
+        wgmma_touch(ds);
+#pragma unroll
+        for (int n = 0; n < S / 8; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) s[n][j] = fmaf(decay, s[n][j], ds[n][j]);
+        to_operand<PARTS, S / 8>(sh, sl, s, one);
+        finish_here<PARTS>(sh, sl, x.smem_at + M::SCRATCH);
+        wgmma_wait<0>();
+        wgmma_touch(o);
+        __syncthreads(); // this stage is read
+#pragma unroll
+        for (int n = 0; n < C / 8; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) done[n][j] = o[n][j] * p.scale;
+    }
+    if (count > 0) store_output<C, IO>(p, out, done, x.tokens - (count - 1) * C);
+    cp_async_wait<0>();
+    if (!ends) {
+        store_fragments<S / 8>(s, carry_at(carry_out), column);
+        return;
+    }
+    if (a.state_end) { // the token-serial kernel goes on from here
+        char *at = (char *)a.state_end + ((int64_t)b * p.Hv + h) * S * S * 4;
+        store_fragments<S / 8>(s, StateAt{at, 4, S * 4}, column);
+        return;
+    }
+    if (p.state_out.data) store_fragments<S / 8>(s, state_at(p, p.state_out, h, seq.row_out), column);
+    // One snapshot of the newest state is the same thing; more of them are the token-serial kernel's.
+    if (p.snapshots.data && seq.len > 0)
+        store_fragments<S / 8>(s, state_at(p, p.snapshots, h, b), column);
+}

@@ -1,0 +1,51 @@
+// The chunked (WY) kernel for prompts: scalar gate, head sizes 64 and 128, sm_80 and newer. See chunk_prepare.cuh and
+// chunk_scan.cuh. Precision, head size, chunk length and the layout of v and out are in the names; src/cuda/chunked.rs
+// picks.
+#include "chunk_prepare.cuh"
+#include "chunk_scan.cuh"
+
+// Chunks of 64 tokens need 227 KiB of shared memory a block; the other architectures get chunks of 32. The kernels of the
+// length that is not an architecture's are empty there.
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+#define DN_CHUNK 64
+#else
+#define DN_CHUNK 32
+#endif
+
+#define DN_PREPARE(S, C, PARTS, MODE)                                                                               \
+    extern "C" __global__ void __launch_bounds__(4 * C, C == 64 ? 2 : 4)                                            \
+        dn_chunk_prepare_##MODE##_s##S##_c##C(const __grid_constant__ dn_chunk_args a) {                            \
+        if constexpr (C == DN_CHUNK) chunk_prepare<S, C, PARTS>(a);                                                 \
+    }
+#define DN_SCAN(S, C, PARTS, MODE, IO, IO_NAME)                                                                     \
+    extern "C" __global__ void __launch_bounds__(128, 1)                                                            \
+        dn_chunk_scan_##MODE##_s##S##_c##C##_##IO_NAME(const __grid_constant__ dn_chunk_args a) {                   \
+        if constexpr (C == DN_CHUNK) chunk_scan<S, C, PARTS, IO>(a);                                                \
+    }
+#define DN_CHUNKED(S, C, PARTS, MODE)                                                                               \
+    DN_PREPARE(S, C, PARTS, MODE)                                                                                   \
+    DN_SCAN(S, C, PARTS, MODE, IO_F32, f32)                                                                         \
+    DN_SCAN(S, C, PARTS, MODE, IO_16, h16)                                                                          \
+    DN_SCAN(S, C, PARTS, MODE, IO_ANY, any)
+
+DN_CHUNKED(128, 64, 2, exact)
+DN_CHUNKED(128, 64, 1, bf16)
+DN_CHUNKED(64, 64, 2, exact)
+DN_CHUNKED(64, 64, 1, bf16)
+DN_CHUNKED(128, 32, 2, exact)
+DN_CHUNKED(128, 32, 1, bf16)
+DN_CHUNKED(64, 32, 2, exact)
+DN_CHUNKED(64, 32, 1, bf16)
+
+// src/cuda/chunked.rs computes the same.
+#define DN_SIZES(S, C, PARTS, PREPARE, SCAN, KQ_, TH_)                                                              \
+    static_assert(sizeof(PrepareSmem<S, C, PARTS>) == PREPARE && ScanSmem<S, C, PARTS>::BYTES == SCAN &&            \
+                  Tiles<S, C, PARTS>::KQ == KQ_ && Tiles<S, C, PARTS>::TH == TH_, "sizes");
+DN_SIZES(128, 64, 2, 115200, 231456, 65536, 33280)
+DN_SIZES(128, 64, 1, 82432, 133152, 32768, 16896)
+DN_SIZES(64, 64, 2, 115200, 165920, 32768, 33280)
+DN_SIZES(64, 64, 1, 82432, 100384, 16384, 16896)
+DN_SIZES(128, 32, 2, 34048, 100384, 32768, 8448)
+DN_SIZES(128, 32, 1, 24832, 59424, 16384, 4352)
+DN_SIZES(64, 32, 2, 33024, 67616, 16384, 8448)
+DN_SIZES(64, 32, 1, 24832, 43040, 8192, 4352)

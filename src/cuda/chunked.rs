@@ -1,0 +1,632 @@
+//! How the chunked kernels (kernels/chunked.cu) are launched: which problems they take, and for those the workspace, the
+//! slabs and the grids. Plain arithmetic on shapes; nothing here talks to a device.
+//!
+//! A prompt runs as pairs of launches, one pair a slab of chunks: `prepare` (P) writes what does not depend on the state
+//! to the workspace, `scan` (S) walks over it with the state. With three buffers in the workspace the order is
+//! P0 P1 S0 P2 S1 P3 S2 ..., and a device that can overlap launches runs each P beside the S before it.
+
+use super::abi::{DnProblem, VEC_OUT, VEC_V};
+use super::plan::{Arguments, Launch};
+use crate::params::Precision;
+use crate::problem::{Problem, StateView};
+use crate::tensor::Dtype;
+use std::ffi::{CStr, c_void};
+
+/// Tokens from which a sequence is a prompt: below, the token-serial kernel is faster.
+pub(crate) const CROSSOVER: usize = 48;
+/// Variable-length batches above this many sequences stay with the token-serial kernel: a block finds its chunk by
+/// walking over them.
+const MOST_RAGGED: usize = 1024;
+/// CUDA's limit on the later axes of a grid.
+const GRID_LIMIT: usize = 65535;
+/// Value columns of a block of the scan.
+const COLUMNS: usize = 64;
+/// Blocks that fill a large device: as many sequences go into a slab.
+const FULL: usize = 128;
+/// Buffers of a workspace that holds several slabs.
+const BUFFERS: usize = 3;
+/// Alignment of everything in the workspace, and what is added so that its start may be anywhere.
+const ALIGN: usize = 256;
+
+/// kernels/chunk_tiles.cuh: dn_chunk_args.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct ChunkArgs {
+    problem: DnProblem,
+    kq: *mut c_void,
+    th: *mut c_void,
+    carry: *mut c_void,
+    state_end: *mut c_void,
+    seq0: i32,
+    nseq: i32,
+    chunk0: i32,
+    nchunks: i32,
+    tail: i32,
+    carry_in: i32,
+    carry_out: i32,
+    unused: i32,
+}
+const _: () = assert!(size_of::<ChunkArgs>() == 576);
+
+/// Where v and out lie: the last part of a scan's name.
+const IO: usize = 3;
+const IO_F32: usize = 0;
+const IO_16: usize = 1;
+const IO_ANY: usize = 2;
+
+macro_rules! names {
+    ($(($mode:literal, $s:literal, $c:literal)),+ $(,)?) => {
+        [$(
+            name(concat!("dn_chunk_prepare_", $mode, "_s", $s, "_c", $c, "\0")),
+            name(concat!("dn_chunk_scan_", $mode, "_s", $s, "_c", $c, "_f32\0")),
+            name(concat!("dn_chunk_scan_", $mode, "_s", $s, "_c", $c, "_h16\0")),
+            name(concat!("dn_chunk_scan_", $mode, "_s", $s, "_c", $c, "_any\0")),
+        )+]
+    };
+}
+
+/// Every chunked kernel: a prepare and its scans for each configuration.
+pub(crate) static NAMES: [&CStr; 8 * (1 + IO)] = names![
+    ("exact", 128, 64),
+    ("exact", 128, 32),
+    ("exact", 64, 64),
+    ("exact", 64, 32),
+    ("bf16", 128, 64),
+    ("bf16", 128, 32),
+    ("bf16", 64, 64),
+    ("bf16", 64, 32),
+];
+
+const fn name(words: &'static str) -> &'static CStr {
+    match CStr::from_bytes_with_nul(words.as_bytes()) {
+        Ok(name) => name,
+        Err(_) => panic!("names end with their only zero"),
+    }
+}
+
+/// What the launch needs to know of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Abilities {
+    /// Tokens of a chunk in the kernels that were loaded: 64 or 32.
+    pub chunk: usize,
+    /// Bytes of shared memory that a block may have.
+    pub shared: usize,
+    /// Whether a kernel may start before the one ahead of it is done.
+    pub overlap: bool,
+}
+
+impl Abilities {
+    /// For kernels compiled for `arch` (90 for sm_90), as kernels/chunked.cu has it.
+    pub fn new(arch: i32, shared: usize, overlap: bool) -> Abilities {
+        Abilities { chunk: if (90..120).contains(&arch) { 64 } else { 32 }, shared, overlap: overlap && arch >= 90 }
+    }
+}
+
+/// A kernel's shape, as in its name.
+#[derive(Clone, Copy)]
+struct Shape {
+    head_size: usize,
+    chunk: usize,
+    parts: usize,
+}
+
+impl Shape {
+    fn of(problem: &Problem, chunk: usize) -> Shape {
+        // TF32 asks for less than exact gives. It has no kernel of its own: on tensor cores it costs two thirds of it.
+        let parts = if problem.precision() == Precision::Bf16 { 1 } else { 2 };
+        Shape { head_size: problem.head_size(), chunk, parts }
+    }
+
+    /// The index of the configuration in `NAMES`.
+    fn index(&self) -> usize {
+        let choice = |first: bool| usize::from(!first);
+        4 * choice(self.parts == 2) + 2 * choice(self.head_size == 128) + choice(self.chunk == 64)
+    }
+
+    /// Bytes of the images of T or P.
+    fn triangle(&self) -> usize {
+        self.chunk * self.chunk * 2 * self.parts
+    }
+    /// Bytes of the decay vectors.
+    fn vectors(&self) -> usize {
+        2 * self.chunk * 4
+    }
+    /// Bytes of the images of K and Q.
+    fn kq(&self) -> usize {
+        2 * self.chunk * self.head_size * 2 * self.parts
+    }
+    /// Bytes of T, P and the decay vectors.
+    fn th(&self) -> usize {
+        2 * self.triangle() + self.vectors()
+    }
+    /// Bytes of a chunk of all heads.
+    fn slot(&self, problem: &Problem) -> usize {
+        problem.key_heads() * self.kq() + problem.value_heads() * self.th()
+    }
+
+    /// Shared memory of `prepare`.
+    fn prepare_shared(&self) -> usize {
+        let solve = 2 * 2 * self.triangle() + 2 * self.chunk * (self.chunk + 4) * 4 + 2 * self.chunk * 24 * 4;
+        self.kq().max(solve) + 2 * self.chunk * (8 + 4) + 2 * self.vectors()
+    }
+    /// Shared memory of `scan`.
+    fn scan_shared(&self) -> usize {
+        let stage = (self.kq() + self.th()).next_multiple_of(1024);
+        2 * stage + 2 * self.chunk * COLUMNS * 4 + 32
+    }
+}
+
+/// Whether `device` has shared memory for every chunked kernel that its architecture has.
+pub(crate) fn fits(device: &Abilities) -> bool {
+    let largest = Shape { head_size: 128, chunk: device.chunk, parts: 2 };
+    largest.scan_shared().max(largest.prepare_shared()) <= device.shared
+}
+
+/// Shared memory of each kernel of `NAMES`.
+pub(crate) fn shared_sizes() -> impl Iterator<Item = usize> {
+    let shapes = [2, 1].into_iter().flat_map(|parts| {
+        [128, 64].into_iter().flat_map(move |head_size| [64, 32].map(|chunk| Shape { head_size, chunk, parts }))
+    });
+    shapes.flat_map(|shape| {
+        let scan = shape.scan_shared();
+        [shape.prepare_shared(), scan, scan, scan]
+    })
+}
+
+/// Tokens at the end of every sequence that the token-serial kernel does, because states after them are kept. The newest
+/// state alone is the scan's.
+fn tail(problem: &Problem) -> usize {
+    match &problem.snapshots {
+        Some(kept) if (kept.count, kept.skip) != (1, 0) => problem.tokens() - kept.first_token(problem.tokens()),
+        _ => 0,
+    }
+}
+
+/// How a problem's prompts go through the chunked kernels.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Chunked {
+    /// Tokens at the end of every sequence that are left.
+    pub tail: usize,
+    /// Bytes of workspace, the same on every device.
+    pub workspace: usize,
+    /// Bytes of it for states between slabs and at the end.
+    carry: usize,
+    state_end: usize,
+    /// Sequences of a slab.
+    group: usize,
+}
+
+impl Chunked {
+    /// None where the token-serial kernel does the whole problem.
+    pub fn new(problem: &Problem) -> Option<Chunked> {
+        let (tokens, sequences, heads) = (problem.tokens(), problem.sequences(), problem.value_heads());
+        let (s, tail) = (problem.head_size(), tail(problem));
+        let ragged = problem.cu_seqlens.is_some();
+        let length = if ragged { tokens / sequences.max(1) } else { tokens - tail };
+        let fits = matches!(s, 64 | 128)
+            && !problem.channel_gate()
+            && problem.state_clamp() == f32::INFINITY
+            && length >= CROSSOVER
+            && sequences <= if ragged { MOST_RAGGED } else { GRID_LIMIT }
+            && heads <= GRID_LIMIT / 2
+            // The last tokens' states start from dense rows, where no index can say that a sequence is to be left out.
+            && (tail == 0 || !ragged && problem.rows_in.is_none());
+        if !fits {
+            return None;
+        }
+        let state = heads * s * s * size_of::<f32>();
+        let group = if ragged { sequences } else { (FULL / (heads * s / COLUMNS).max(1)).clamp(1, sequences) };
+        let carry = if ragged { 2 } else { group } * state;
+        let state_end = if tail > 0 { sequences * state } else { 0 };
+        // 64 MiB with its carry for a sequence of 32 heads of 128 channels; four sequences' worth at most.
+        let several = if ragged { 1 } else { sequences.min(4) };
+        let budget = ((heads << 21).max(32 << 20) * several).saturating_sub(carry + state_end + 5 * ALIGN);
+        let mut chunked = Chunked { tail, workspace: 0, carry, state_end, group };
+        for chunk in [64, 32] {
+            let shape = Shape::of(problem, chunk);
+            let slot = shape.slot(problem);
+            let least = BUFFERS * slot * if ragged { 1 } else { group };
+            let images = (chunked.slots(problem, chunk) * slot).min(budget.max(least));
+            chunked.workspace = chunked.workspace.max(images + carry.next_multiple_of(ALIGN) + state_end + 4 * ALIGN);
+        }
+        Some(chunked)
+    }
+
+    /// Chunks of a sequence; of all of them where their lengths are not known here, and one more, so that a sequence
+    /// without tokens at the end begins somewhere.
+    fn chunks(&self, problem: &Problem, chunk: usize) -> usize {
+        match problem.cu_seqlens {
+            Some(_) => problem.tokens() / chunk + problem.sequences() + 1,
+            None => (problem.tokens() - self.tail).div_ceil(chunk),
+        }
+    }
+
+    /// Chunks that are in the workspace at a time, if there is room.
+    fn slots(&self, problem: &Problem, chunk: usize) -> usize {
+        let chunks = self.chunks(problem, chunk);
+        match problem.cu_seqlens {
+            Some(_) => chunks,
+            None if problem.sequences() <= self.group => chunks * self.group,
+            None => chunks * self.group * BUFFERS,
+        }
+    }
+
+    /// The launches on `device`, in order. `first_function` is the index of the first of `NAMES` among all kernels;
+    /// `workspace` has `self.workspace` bytes.
+    pub fn launches<'a>(
+        &self,
+        problem: &'a Problem,
+        arguments: DnProblem,
+        device: &Abilities,
+        first_function: usize,
+        workspace: *mut c_void,
+    ) -> Launches<'a> {
+        let shape = Shape::of(problem, device.chunk);
+        let ragged = problem.cu_seqlens.is_some();
+        let (chunks, group) = (self.chunks(problem, shape.chunk), if ragged { 1 } else { self.group });
+        let room =
+            (self.workspace - self.carry.next_multiple_of(ALIGN) - self.state_end - 4 * ALIGN) / shape.slot(problem);
+        let groups = if ragged { 1 } else { problem.sequences().div_ceil(group) };
+        let buffers = if groups == 1 && chunks * group <= room { 1 } else { BUFFERS };
+        let per_slab = (room / buffers / group).clamp(1, chunks.max(1));
+        let at = |bytes: usize| workspace.wrapping_byte_add(workspace.align_offset(ALIGN)).wrapping_byte_add(bytes);
+        let slots = buffers * per_slab * group;
+        let th = (slots * problem.key_heads() * shape.kq()).next_multiple_of(ALIGN);
+        let carry = (th + slots * problem.value_heads() * shape.th()).next_multiple_of(ALIGN);
+        let end = carry + self.carry.next_multiple_of(ALIGN);
+        let in_fours = arguments.flags & (VEC_V | VEC_OUT) == VEC_V | VEC_OUT;
+        let half = |dtype| dtype != Dtype::F32;
+        let io = match (in_fours, half(problem.v.dtype), half(problem.out.dtype)) {
+            (true, false, false) => IO_F32,
+            (true, true, true) => IO_16,
+            _ => IO_ANY,
+        };
+        Launches {
+            problem,
+            shape,
+            chunks,
+            group,
+            per_slab,
+            buffers,
+            slabs_of_group: chunks.div_ceil(per_slab),
+            slabs: groups * chunks.div_ceil(per_slab),
+            ragged,
+            overlap: device.overlap,
+            prepare: first_function + shape.index() * (1 + IO),
+            scan: first_function + shape.index() * (1 + IO) + 1 + io,
+            kq: at(0),
+            th: at(th),
+            arguments: ChunkArgs {
+                problem: arguments,
+                kq: at(0),
+                th: at(th),
+                carry: at(carry),
+                state_end: if self.state_end > 0 { at(end) } else { std::ptr::null_mut() },
+                seq0: 0,
+                nseq: 0,
+                chunk0: 0,
+                nchunks: 0,
+                tail: self.tail as i32,
+                carry_in: 0,
+                carry_out: 0,
+                unused: 0,
+            },
+            next: 0,
+        }
+    }
+
+    /// The states that the last tokens start from, once the launches have run.
+    pub fn state_end(&self, problem: &Problem, launches: &Launches) -> StateView {
+        let s = problem.head_size();
+        let nb_head = s * s * size_of::<f32>();
+        StateView {
+            data: launches.arguments.state_end.cast(),
+            nb_k: size_of::<f32>(),
+            nb_v: s * size_of::<f32>(),
+            nb_head,
+            nb_row: problem.value_heads() * nb_head,
+            rows: problem.sequences(),
+        }
+    }
+}
+
+/// The launches of a problem's prompts.
+pub(crate) struct Launches<'a> {
+    problem: &'a Problem,
+    shape: Shape,
+    chunks: usize,
+    group: usize,
+    per_slab: usize,
+    buffers: usize,
+    slabs_of_group: usize,
+    slabs: usize,
+    ragged: bool,
+    overlap: bool,
+    prepare: usize,
+    scan: usize,
+    kq: *mut c_void,
+    th: *mut c_void,
+    arguments: ChunkArgs,
+    next: usize,
+}
+
+impl Launches<'_> {
+    /// The arguments of a slab, and its chunks.
+    fn slab(&self, slab: usize) -> (ChunkArgs, usize) {
+        let (group, part) = (slab / self.slabs_of_group, slab % self.slabs_of_group);
+        let (seq0, chunk0) = (group * self.group, part * self.per_slab);
+        let nseq = if self.ragged { self.problem.sequences() } else { self.group.min(self.problem.sequences() - seq0) };
+        let nchunks = self.per_slab.min(self.chunks - chunk0);
+        let first = slab % self.buffers * self.per_slab * self.group;
+        let arguments = ChunkArgs {
+            kq: self.kq.wrapping_byte_add(first * self.problem.key_heads() * self.shape.kq()),
+            th: self.th.wrapping_byte_add(first * self.problem.value_heads() * self.shape.th()),
+            seq0: seq0 as i32,
+            nseq: nseq as i32,
+            chunk0: chunk0 as i32,
+            nchunks: nchunks as i32,
+            carry_in: (slab % 2) as i32,
+            carry_out: ((slab + 1) % 2) as i32,
+            ..self.arguments
+        };
+        (arguments, if self.ragged { nchunks } else { nchunks * nseq })
+    }
+
+    fn launch_prepare(&self, slab: usize) -> Launch {
+        let (arguments, slots) = self.slab(slab);
+        let pairs = (self.problem.value_heads() / self.problem.key_heads()).div_ceil(2);
+        Launch {
+            function: self.prepare,
+            grid: [slots as u32, (self.problem.key_heads() * pairs) as u32, 1],
+            threads: 4 * self.shape.chunk as u32,
+            shared: self.shape.prepare_shared() as u32,
+            overlap: self.overlap && slab > 0,
+            arguments: Arguments::Chunk(arguments),
+        }
+    }
+
+    fn launch_scan(&self, slab: usize) -> Launch {
+        let (arguments, _) = self.slab(slab);
+        let columns = (self.problem.head_size() / COLUMNS) as u32;
+        Launch {
+            function: self.scan,
+            grid: [columns, self.problem.value_heads() as u32, arguments.nseq as u32],
+            threads: 128,
+            shared: self.shape.scan_shared() as u32,
+            overlap: self.overlap,
+            arguments: Arguments::Chunk(arguments),
+        }
+    }
+}
+
+impl Iterator for Launches<'_> {
+    type Item = Launch;
+
+    fn next(&mut self) -> Option<Launch> {
+        // P0, P1 S0, P2 S1, ..., and the last S.
+        let step = self.next;
+        self.next += 1;
+        match step {
+            0 => Some(self.launch_prepare(0)),
+            _ if step >= 2 * self.slabs => None,
+            _ if step == 2 * self.slabs - 1 => Some(self.launch_scan(self.slabs - 1)),
+            _ if step % 2 == 1 => Some(self.launch_prepare(step / 2 + 1)),
+            _ => Some(self.launch_scan(step / 2 - 1)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::params::Params;
+    use crate::problem::Place;
+    use crate::tensor::Tensor;
+
+    const HOPPER: Abilities = Abilities { chunk: 64, shared: 232448, overlap: true };
+    const ADA: Abilities = Abilities { chunk: 32, shared: 101376, overlap: false };
+
+    struct Case {
+        s: usize,
+        hk: usize,
+        hv: usize,
+        t: usize,
+        b: usize,
+        snapshots: u32,
+        skip: u32,
+        ragged: bool,
+        precision: Precision,
+    }
+
+    const CASE: Case = Case {
+        s: 128,
+        hk: 16,
+        hv: 32,
+        t: 4096,
+        b: 1,
+        snapshots: 0,
+        skip: 0,
+        ragged: false,
+        precision: Precision::Exact,
+    };
+
+    impl Case {
+        /// Nothing is read at a device, so that any address does.
+        fn problem(&self) -> Problem {
+            let mut next = 1usize << 40;
+            let mut tensor = |dtype, ne: [usize; 4]| {
+                let at = next;
+                next += (ne.iter().product::<usize>() * 8).next_multiple_of(4096);
+                Tensor::dense(at as *mut c_void, dtype, ne.map(|n| n as i64))
+            };
+            let &Case { s, hk, hv, t, b, .. } = self;
+            let axis = if self.ragged { 1 } else { b };
+            let f32 = Dtype::F32;
+            let none = Tensor::default();
+            let params = Params {
+                q: tensor(f32, [s, hk, t, axis]),
+                k: tensor(f32, [s, hk, t, axis]),
+                v: tensor(f32, [s, hv, t, axis]),
+                g: tensor(f32, [1, hv, t, axis]),
+                beta: tensor(f32, [1, hv, t, axis]),
+                out: tensor(f32, [s, hv, t, axis]),
+                state_in: tensor(f32, [s, s, hv, b]),
+                state_out: tensor(f32, [s, s, hv, b]),
+                snapshots: if self.snapshots > 0 { tensor(f32, [s, s, hv, b]) } else { none },
+                snapshot_stride: 1 << 36,
+                snapshot_slots: self.snapshots,
+                n_snapshots: self.snapshots,
+                snapshot_skip: self.skip,
+                cu_seqlens: if self.ragged { tensor(Dtype::I32, [b + 1, 1, 1, 1]) } else { none },
+                precision: self.precision as u32,
+                ..Params::default()
+            };
+            // SAFETY: at a device, nothing is read.
+            unsafe { Problem::at(&params, Place::Device) }.expect("a valid case")
+        }
+    }
+
+    fn launches(problem: &Problem, device: &Abilities) -> (Chunked, Vec<Launch>) {
+        let chunked = Chunked::new(problem).expect("a prompt");
+        let arguments = DnProblem::of(problem, false).expect("small numbers");
+        let all = chunked.launches(problem, arguments, device, 100, 0x1000_0010 as *mut c_void).collect();
+        (chunked, all)
+    }
+
+    fn arguments(launch: &Launch) -> ChunkArgs {
+        match launch.arguments {
+            Arguments::Chunk(arguments) => arguments,
+            _ => panic!("not a chunked kernel"),
+        }
+    }
+
+    #[test]
+    fn sizes_are_those_that_the_kernels_assert() {
+        let sizes = |head_size, chunk, parts| {
+            let shape = Shape { head_size, chunk, parts };
+            (shape.prepare_shared(), shape.scan_shared(), shape.kq(), shape.th())
+        };
+        assert_eq!(sizes(128, 64, 2), (115200, 231456, 65536, 33280));
+        assert_eq!(sizes(128, 64, 1), (82432, 133152, 32768, 16896));
+        assert_eq!(sizes(64, 64, 2), (115200, 165920, 32768, 33280));
+        assert_eq!(sizes(64, 64, 1), (82432, 100384, 16384, 16896));
+        assert_eq!(sizes(128, 32, 2), (34048, 100384, 32768, 8448));
+        assert_eq!(sizes(128, 32, 1), (24832, 59424, 16384, 4352));
+        assert_eq!(sizes(64, 32, 2), (33024, 67616, 16384, 8448));
+        assert_eq!(sizes(64, 32, 1), (24832, 43040, 8192, 4352));
+        assert!(fits(&HOPPER) && fits(&ADA) && !fits(&Abilities { shared: 65536, ..ADA }));
+        assert_eq!(shared_sizes().count(), NAMES.len());
+    }
+
+    #[test]
+    fn kernels_are_picked_by_name() {
+        for (precision, mode) in [(Precision::Exact, "exact"), (Precision::Tf32, "exact"), (Precision::Bf16, "bf16")] {
+            for (device, chunk) in [(HOPPER, 64), (ADA, 32)] {
+                for s in [64, 128] {
+                    let (_, all) = launches(&Case { s, precision, t: 300, ..CASE }.problem(), &device);
+                    let name = |at: usize| NAMES[all[at].function - 100].to_str().expect("ascii");
+                    assert_eq!(name(0), format!("dn_chunk_prepare_{mode}_s{s}_c{chunk}"));
+                    assert_eq!(name(1), format!("dn_chunk_scan_{mode}_s{s}_c{chunk}_f32"));
+                    let sizes: Vec<_> = shared_sizes().collect();
+                    assert!(all.iter().all(|launch| launch.shared as usize == sizes[launch.function - 100]));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_sequence_of_any_length_needs_no_more_than_64_mib() {
+        for t in [CROSSOVER, 100, 2048, 4096, 32768, 1 << 20] {
+            for precision in [Precision::Exact, Precision::Bf16] {
+                let chunked = Chunked::new(&Case { t, precision, ..CASE }.problem()).expect("a prompt");
+                assert!(chunked.workspace <= 64 << 20, "{t} tokens: {}", chunked.workspace);
+            }
+        }
+    }
+
+    /// Every chunk of every sequence is prepared and scanned once and in order, in the workspace, and no prepare writes to
+    /// what a scan that may still run reads.
+    #[test]
+    fn slabs_cover_all_chunks() {
+        let cases = [
+            Case { t: 48, ..CASE },
+            CASE,
+            Case { t: 5000, b: 7, ..CASE },
+            Case { t: 100_000, hk: 2, hv: 4, ..CASE },
+            Case { t: 3000, b: 5, s: 64, hk: 3, hv: 9, ..CASE },
+            Case { t: 70, b: 40, hv: 16, precision: Precision::Bf16, ..CASE },
+            Case { t: 9000, snapshots: 5, ..CASE },
+        ];
+        for case in &cases {
+            for device in [HOPPER, ADA] {
+                let problem = case.problem();
+                let (chunked, all) = launches(&problem, &device);
+                let shape = Shape::of(&problem, device.chunk);
+                let chunks = (case.t - chunked.tail).div_ceil(device.chunk);
+                let mut next = vec![0; case.b];
+                let range = |launch: &Launch| {
+                    let a = arguments(launch);
+                    let slots = (a.nchunks * a.nseq) as usize;
+                    (a.kq as usize, a.kq as usize + slots * case.hk * shape.kq())
+                };
+                let mut prepared: Vec<(i32, i32)> = Vec::new();
+                for (at, launch) in all.iter().enumerate() {
+                    let a = arguments(launch);
+                    let key = (a.seq0, a.chunk0);
+                    assert!(a.nchunks > 0 && a.nseq > 0);
+                    let end = a.th as usize + (a.nchunks * a.nseq) as usize * case.hv * shape.th();
+                    assert!(end <= a.carry as usize && range(launch).1 <= a.th as usize);
+                    assert!(a.carry as usize + chunked.carry + chunked.state_end <= 0x1000_0010 + chunked.workspace);
+                    assert!(launch.grid[1] <= 65535 && launch.grid[2] <= 65535);
+                    if launch.threads != 128 || launch.grid[2] == 1 && !prepared.contains(&key) {
+                        prepared.push(key);
+                        assert_eq!(launch.grid[0], (a.nchunks * a.nseq) as u32);
+                        // The two launches ahead may still be running.
+                        for other in &all[at.saturating_sub(2)..at] {
+                            let (mine, theirs) = (range(launch), range(other));
+                            assert!(mine.1 <= theirs.0 || theirs.1 <= mine.0, "a prepare writes to what is read");
+                        }
+                        continue;
+                    }
+                    assert!(prepared.contains(&key), "a scan comes after its prepare");
+                    for b in a.seq0..a.seq0 + a.nseq {
+                        assert_eq!(next[b as usize], a.chunk0, "in order");
+                        next[b as usize] += a.nchunks;
+                    }
+                }
+                assert!(next.iter().all(|n| *n as usize == chunks));
+                assert!(!all[0].overlap);
+            }
+        }
+    }
+
+    #[test]
+    fn variable_lengths_are_cut_by_chunks_of_all() {
+        let problem = Case { t: 10_000, b: 9, ragged: true, ..CASE }.problem();
+        for device in [HOPPER, ADA] {
+            let (_, all) = launches(&problem, &device);
+            let mut next = 0;
+            for launch in all.iter().filter(|launch| launch.grid[2] == 9) {
+                let a = arguments(launch);
+                assert_eq!((a.chunk0, a.seq0, a.nseq), (next, 0, 9));
+                assert_ne!(a.carry_in, a.carry_out);
+                next += a.nchunks;
+            }
+            assert_eq!(next as usize, 10_000 / device.chunk + 10);
+        }
+    }
+
+    #[test]
+    fn what_the_chunked_kernels_do_not_take() {
+        let takes = |case: &Case| Chunked::new(&case.problem()).is_some();
+        assert!(takes(&CASE));
+        assert!(!takes(&Case { t: CROSSOVER - 1, ..CASE }));
+        assert!(!takes(&Case { s: 32, ..CASE }));
+        assert!(!takes(&Case { t: 50, snapshots: 4, ..CASE }), "too few tokens before the snapshots");
+        assert!(!takes(&Case { ragged: true, snapshots: 2, ..CASE }));
+        assert!(takes(&Case { ragged: true, snapshots: 1, ..CASE }));
+        assert!(!takes(&Case { ragged: true, b: 400, ..CASE }), "short sequences");
+        let tail = |snapshots, skip| Chunked::new(&Case { snapshots, skip, ..CASE }.problem()).expect("a prompt").tail;
+        assert_eq!([tail(0, 0), tail(1, 0), tail(1, 1), tail(4, 0), tail(4, 1)], [0, 0, 2, 4, 5]);
+    }
+}

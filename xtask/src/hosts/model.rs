@@ -4,7 +4,7 @@
 
 use anyhow::Result;
 use half::f16;
-use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::io::{BufWriter, Seek, Write};
 use std::path::Path;
 
 /// A model that can be made.
@@ -420,7 +420,6 @@ impl File {
             let position = file.stream_position()? as usize - header.len();
             file.write_all(&vec![0; position.next_multiple_of(ALIGNMENT) - position])?;
         }
-        file.seek(SeekFrom::Current(0))?;
         file.into_inner()?.sync_all()?;
         Ok(std::fs::rename(partial, path)?)
     }

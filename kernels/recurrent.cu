@@ -9,10 +9,10 @@
 // so both products of the state are reduced together, once per token.
 //
 // Two kernels share this arithmetic and differ in how they read and write.
-// The fast one takes f32 tensors that can be read 16 bytes at a time and listed head sizes. Each warp copies the next
-// tokens to a ring of its own in shared memory, without a barrier: a token's arithmetic takes less time than a trip to the
-// L2 cache. For a single token there is a form of it that reads straight into registers and has nothing that only loops,
-// snapshots or state rows need: the first load leaves sooner.
+// The fast one takes f32 tensors that can be read 16 bytes at a time and listed head sizes. Each lane reads its share of
+// the next tokens straight into registers while it works on this one: no barrier, no shared memory.
+// For a single token there is a form of it without anything that only loops, snapshots or state rows need: the first load
+// leaves sooner.
 // The other takes everything: any dtype, any stride, any head size up to its own. The block stages a tile of tokens in
 // shared memory as f32, and dtypes, strides and norms are dealt with there.
 #include "common.cuh"
@@ -300,83 +300,6 @@ __device__ void stage_row(typename X::Row &row, const dn_problem &p, const Rows 
     }
 }
 
-// ---- A warp's tokens on their way through shared memory. ----
-
-__device__ inline void copy_async(void *to, const void *from, int bytes) {
-#if __CUDA_ARCH__ >= 800
-    const uint32_t shared = (uint32_t)__cvta_generic_to_shared(to);
-    if (bytes == 16) {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
-    } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(from) : "memory");
-    }
-#else
-    if (bytes == 16) {
-        *(float4 *)to = *(const float4 *)from;
-    } else {
-        *(float *)to = *(const float *)from;
-    }
-#endif
-}
-
-// Copies of this thread up to here are one group; waits until at most PENDING groups are under way.
-__device__ inline void close_group() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-template <int PENDING>
-__device__ inline void wait_groups() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-#endif
-    __syncwarp(); // the other lanes' copies too
-}
-
-// The bytes of a ring are known to src/cuda/plan.rs.
-template <class X>
-struct Ring {
-    static constexpr int SLOTS = X::S > 128 ? 3 : 4;
-    struct Slot {
-        float k[X::S], q[X::S];
-        float g[X::CHANNEL_GATE ? X::S : 4];
-        float v[X::WARP_COLS];
-        float beta[4];
-    };
-    Slot *slots;
-
-    __device__ Ring(void *shared, const Lane<X> &at) : slots((Slot *)shared + at.warp * SLOTS) {}
-
-    // Sends token t on its way, if there is one; rows point at it. A group in any case, so that they can be counted.
-    __device__ void send(const Rows &rows, int t, int len, const Lane<X> &at) {
-        if (t < len) {
-            Slot &to = slots[t % SLOTS];
-#pragma unroll
-            for (int u = 0; u < X::QUADS; u++) {
-                const int channel = at.lane * 4 + u * 128;
-                if (channel >= X::S) continue;
-                copy_async(&to.k[channel], rows.k + channel * 4, 16);
-                copy_async(&to.q[channel], rows.q + channel * 4, 16);
-                if constexpr (X::CHANNEL_GATE) copy_async(&to.g[channel], rows.g + channel * 4, 16);
-            }
-            const int first = at.column - at.column % X::WARP_COLS; // column of this warp
-            if (at.lane < X::WARP_COLS && first + at.lane < X::S)
-                copy_async(&to.v[at.lane], rows.v + (first + at.lane) * 4, 4);
-            if (!X::CHANNEL_GATE && at.lane == 0) copy_async(to.g, rows.g, 4);
-            if (at.lane == 1) copy_async(to.beta, rows.beta, 4);
-        }
-        close_group();
-    }
-
-    // Where token t is now, as Incoming reads it.
-    __device__ Rows rows(int t, const Lane<X> &at) const {
-        const Slot &slot = slots[t % SLOTS];
-        const int first = at.column - at.column % X::WARP_COLS;
-        return {(const char *)slot.q, (const char *)slot.k, (const char *)slot.v - first * 4,
-                (const char *)slot.g, (const char *)slot.beta, nullptr};
-    }
-};
-
 // Sums of ak and aq over the L lanes of a column group. Every lane gets all of ak; of aq it gets the column that it
 // writes, own_column, where it is that column's writer.
 template <class X>
@@ -525,32 +448,16 @@ __device__ void recurrent(const dn_fast &f) {
                      begin(p.beta, p.beta_nb, t0, h, seq.b), begin(p.out, p.out_nb, t0, h, seq.b)};
         char *const state_out = p.state_out ? begin(p.state_out, p.state_out_nb, 0, h, seq.row_out) : nullptr;
 
-        extern __shared__ float4 shared_memory[];
-        Ring<X> ring(shared_memory, at);
-        auto send = [&](int t) {
-            ring.send(rows, t, seq.len, at);
-            rows.q += p.q_nb.token, rows.k += p.k_nb.token, rows.v += p.v_nb.token;
-            rows.g += p.g_nb.token, rows.beta += p.beta_nb.token;
-        };
         Incoming<X> incoming;
-        if constexpr (X::ONE) {
-            incoming.load(rows, at);
-        } else {
-            __syncwarp(); // the last sequence's tokens have been read
-#pragma unroll
-            for (int t = 0; t < Ring<X>::SLOTS - 1; t++) send(t);
-            wait_groups<Ring<X>::SLOTS - 2>();
-            if (seq.len > 0) incoming.load(ring.rows(0, at), at);
-        }
+        if (seq.len > 0) incoming.load(rows, at);
 #pragma unroll 1
         for (int t = 0; t < seq.len; t++) {
             Token<X> token;
             incoming.finish(token, f);
-            if constexpr (!X::ONE) {
-                __syncwarp(); // every lane has read the slot that is filled next
-                send(t + Ring<X>::SLOTS - 1);
-                wait_groups<Ring<X>::SLOTS - 2>();
-                if (t + 1 < seq.len) incoming.load(ring.rows(t + 1, at), at);
+            if (t + 1 < seq.len) {
+                rows.q += p.q_nb.token, rows.k += p.k_nb.token, rows.v += p.v_nb.token;
+                rows.g += p.g_nb.token, rows.beta += p.beta_nb.token;
+                incoming.load(rows, at);
             }
             token.sum_kq(); // no branch from here on, so that its shuffles mingle with the state's
             const Output o = step<X>(s, token, at);

@@ -50,19 +50,10 @@ impl Shape {
         self.warps * (32 / self.lanes) * self.columns
     }
 
-    /// Bytes of dynamic shared memory for runs of `tokens`. A token there is k, q, the gates, values and four more floats;
-    /// fast kernels have a ring of them for each warp, the general ones a tile for the block.
-    fn shared_bytes(&self, tile: usize) -> usize {
-        let gates = if self.channel_gate { self.head_size } else { 4 };
-        let token = |values: usize| (2 * self.head_size + gates + values + 4) * size_of::<f32>();
-        match self.kind {
-            Kind::One => 0,
-            Kind::Fast => {
-                let slots = if self.head_size > 128 { 3 } else { 4 };
-                self.warps * slots * token(32 / self.lanes * self.columns)
-            }
-            Kind::Any => tile * token(32),
-        }
+    /// Bytes of a staged token: k, q, the decays, the block's values, and four scalars.
+    fn row_bytes(&self) -> usize {
+        let decays = if self.channel_gate { self.head_size } else { 4 };
+        (2 * self.head_size + decays + 32 + 4) * size_of::<f32>()
     }
 }
 
@@ -148,16 +139,16 @@ impl Plan {
         let shape = &SHAPES[function];
         let tile = TILE.min(problem.tokens()).max(1);
         any.tile = tile as i32;
-        let arguments = match fast {
-            Some(fast) if shape.kind != Kind::Any => Arguments::Fast(fast),
-            _ => Arguments::Any(any),
+        let (shared, arguments) = match fast {
+            Some(fast) if shape.kind != Kind::Any => (0, Arguments::Fast(fast)),
+            _ => (tile * shape.row_bytes(), Arguments::Any(any)),
         };
         let grid = [s.div_ceil(shape.block_columns()), heads, problem.sequences().min(GRID_LIMIT)];
         let launch = Launch {
             function,
             grid: grid.map(|blocks| blocks as u32),
             threads: shape.threads() as u32,
-            shared: shape.shared_bytes(tile) as u32,
+            shared: shared as u32,
             overlap: false,
             arguments,
         };

@@ -13,7 +13,7 @@
 #endif
 
 #define DN_PREPARE(S, C, PARTS, MODE)                                                                               \
-    extern "C" __global__ void __launch_bounds__(4 * C, C == 64 ? 2 : 4)                                            \
+    extern "C" __global__ void __launch_bounds__(4 * C, C == 64 ? 2 : 3)                                            \
         dn_chunk_prepare_##MODE##_s##S##_c##C(const __grid_constant__ dn_chunk_args a) {                            \
         if constexpr (C == DN_CHUNK) chunk_prepare<S, C, PARTS>(a);                                                 \
     }

@@ -76,21 +76,37 @@ pub unsafe fn rows<S: Simd>(token: &Token, path: Path, value: *const f32, out: *
             for r in 0..group {
                 d[r] = S::splat(delta[first + r]);
             }
+            if !next[0].at.is_null() {
+                ask::<S>(next, first, group, s);
+            }
             let (row, new) = (from.at.add(first * from.pitch), to.at.add(first * to.pitch));
             for i in (0..s).step_by(S::LANES) {
                 let (k, decay) = (S::load(token.k.add(i)), S::load(token.decay.add(i)));
-                if !next[0].at.is_null() && i.is_multiple_of(LINE) {
-                    for r in 0..group {
-                        let at = |place: Place| place.at.wrapping_add((first + r) * place.pitch + i);
-                        S::prefetch(at(next[0]));
-                        S::prefetch_to_write(at(next[1]));
-                    }
-                }
                 for r in 0..group {
                     let state = S::mul(decay, S::load(row.add(r * from.pitch + i)));
                     let state = S::fma(d[r], k, state);
                     S::store(new.add(r * to.pitch + i), if clamps { clamp::<S>(token.limit, state) } else { state });
                 }
+            }
+        }
+    }
+}
+
+/// Asks for rows `first .. first + count` of what comes next.
+///
+/// # Safety
+/// `S`'s features are there.
+#[inline(always)]
+unsafe fn ask<S: Simd>(next: [Place; 2], first: usize, count: usize, s: usize) {
+    for r in first..first + count {
+        let [from, to] = next.map(|place| place.at.wrapping_add(r * place.pitch));
+        for i in (0..s).step_by(LINE) {
+            // SAFETY: prefetching takes any address.
+            unsafe {
+                if from != to {
+                    S::prefetch(from.wrapping_add(i));
+                }
+                S::prefetch_to_write(to.wrapping_add(i));
             }
         }
     }

@@ -28,6 +28,8 @@ enum Task {
     Test,
     /// Run stock llama.cpp builds with and without the plugin, and compare.
     Hosts {
+        /// Parts of the names of the hosts to run; none for all.
+        names: Vec<String>,
         /// Measure whole-model speed instead.
         #[arg(long)]
         speed: bool,
@@ -92,8 +94,8 @@ fn run(task: Task) -> Result<()> {
         Task::Consumers => consumers::test(),
         Task::Dist(options) => dist::dist(&options),
         Task::Docs => docs::docs(),
-        Task::Hosts { speed: true, threads, rounds, .. } => hosts::run_speed(threads, rounds),
-        Task::Hosts { tokens, .. } => hosts::run_hosts(tokens),
+        Task::Hosts { names, speed: true, threads, rounds, .. } => hosts::run_speed(threads, rounds, &names),
+        Task::Hosts { names, tokens, .. } => hosts::run_hosts(tokens, &names),
         Task::Host(drive) => drive.run(),
     }
 }

@@ -203,7 +203,7 @@ fn tokens(
         // One context for all thread counts: they change from call to call.
         let shape = Shape { sequences: *sequences, tokens: PROMPT + GENERATED, rollback: 0 };
         let mut context = model.context(shape)?.context("no context")?;
-        for (threads, generated) in generated {
+        for (threads, generated) in generated.iter().filter(|(_, generated)| *generated > 0) {
             context.set_threads(*threads)?;
             let run = context.generate(*sequences, PROMPT, *generated)?;
             println!("tokens {sequences} sequences, {threads} threads: {:?}", run.tokens);

@@ -39,12 +39,13 @@ fn measure(libraries: &Path, model: &str, work: &Work, threads: usize, plugin: O
 }
 
 /// Runs the 0.8b model on every host `rounds` times, alternating, and prints medians of tokens a second.
-pub fn run_speed(threads: usize, rounds: usize) -> Result<()> {
+pub fn run_speed(threads: usize, rounds: usize, only: &[String]) -> Result<()> {
     let plugin = plugin()?;
     let model = fetch::model(Model::Speed)?;
     let model = model.to_string_lossy();
     println!("0.8b synthetic model, Q8_0, {threads} threads, medians of {rounds} alternating runs, tokens a second");
-    for host in HOSTS.iter().rev().chain([&BEFORE]) {
+    let picked = |host: &&fetch::Host| only.is_empty() || only.iter().any(|part| host.name.contains(part.as_str()));
+    for host in HOSTS.iter().rev().chain([&BEFORE]).filter(picked) {
         println!("== {} ({})", host.name, host.about);
         let libraries = host.libraries()?;
         for work in &WORKS {

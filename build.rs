@@ -200,6 +200,8 @@ fn set_soname() {
     }
     let soname = format!("libdeltanet.so.{}", env!("CARGO_PKG_VERSION_MAJOR"));
     println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,{soname}");
+    // Pools keep threads in the library's code; a host that closes it must not pull that code from under them.
+    println!("cargo::rustc-cdylib-link-arg=-Wl,-z,nodelete");
     // OUT_DIR is <profile folder>/build/<package>/out. Where that is not so, the links are only a convenience missed.
     let out = env::var("OUT_DIR").unwrap_or_default();
     if let Some(folder) = Path::new(&out).ancestors().nth(3) {

@@ -204,6 +204,9 @@ typedef struct deltanet_tensor {
 /// All zeros with `struct_size` set means ggml's semantics; then fill in the tensors. S is the head size (a multiple
 /// of 16 up to 1024), Hk and Hv the numbers of key and value heads, T tokens, B sequences. The struct only grows at
 /// its end; fields past an older caller's `struct_size` count as zero.
+///
+/// Infinities and NaN in the data are no errors. On the CPU, what depends on them (outputs and states of their head,
+/// from their token on) is not finite either, and everything else is what it would be without them, but for rounding.
 typedef struct deltanet_params {
   /// `sizeof(deltanet_params)`.
   uint32_t struct_size;
@@ -220,8 +223,9 @@ typedef struct deltanet_params {
   /// Values `[S, Hv, T, B]`, f32, f16 or bf16; Hv is a multiple of Hk.
   struct deltanet_tensor v;
   /// Log-decay `[1, Hv, T, B]` (gated delta net) or `[S, Hv, T, B]`, one per key channel (Kimi delta attention), f32.
+  /// Minus infinity forgets the state; above 0 the state grows.
   struct deltanet_tensor g;
-  /// beta `[1, Hv, T, B]`, f32.
+  /// beta `[1, Hv, T, B]`, f32, any number.
   struct deltanet_tensor beta;
   /// State before the first token `[S, S, Hv, B]`, f32; with `rows_in`, a pool `[S, S, Hv, rows]`.
   struct deltanet_tensor state_in;

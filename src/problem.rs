@@ -160,6 +160,15 @@ impl Problem {
     /// # Safety
     /// At [`Place::Host`]: as for [`Problem::new`]. At [`Place::Device`] nothing is read.
     pub unsafe fn at(params: &Params, place: Place) -> Result<Problem> {
+        let problem = Problem::describe(params)?;
+        if place == Place::Host {
+            problem.check_indices()?;
+        }
+        Ok(problem)
+    }
+
+    /// Checks everything but what the index tensors say; reads no tensor.
+    fn describe(params: &Params) -> Result<Problem> {
         let p = params;
         let head_map = choice("head_map", p.head_map, &[HeadMap::Tiled, HeadMap::Grouped])?;
         let layout =
@@ -367,9 +376,6 @@ impl Problem {
                 "{name} overlaps state_in; it must be apart{}",
                 if name == "state_out" { ", or the same memory with the same strides" } else { "" }
             );
-        }
-        if place == Place::Host {
-            problem.check_indices()?;
         }
         Ok(problem)
     }

@@ -4,4 +4,8 @@
 pub mod arena;
 pub mod bytes;
 pub mod capi;
+pub mod ggml;
+// The command's own file, without the command's plots and progress bars.
+#[path = "../../cli/src/golden.rs"]
+pub mod golden;
 pub mod safetensors;

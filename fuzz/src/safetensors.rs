@@ -1,8 +1,9 @@
 //! Files given to the command: any bytes are a golden case that runs, or are refused with words; nothing else.
 
+use crate::golden::Case;
 use deltanet::cpu::{self, Isa};
 use deltanet::{Plan, Problem};
-use deltanet_cli::golden::Case;
+
 use std::path::Path;
 
 /// The property. Panics where it does not hold.

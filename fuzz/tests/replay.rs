@@ -22,18 +22,26 @@ fn replay(target: &str, property: fn(&[u8])) {
     }
 }
 
-#[test]
-fn capi() {
-    replay("capi", deltanet_fuzz::capi::check);
+/// Random bytes, as a fuzzer starts with.
+fn fresh(property: fn(&[u8]), count: usize) {
     let fresh = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64;
     let seed = std::env::var("DELTANET_TEST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(fresh);
     println!("DELTANET_TEST_SEED={seed}");
     let mut rng = Rng(seed);
-    for _ in 0..2000 {
+    for _ in 0..count {
         let length = rng.next() as usize % 160;
         let data: Vec<u8> = (0..length).map(|_| rng.next() as u8).collect();
-        deltanet_fuzz::capi::check(&data);
+        property(&data);
     }
+}
+
+/// One test, because the targets share one arena.
+#[test]
+fn properties_of_memory() {
+    replay("capi", deltanet_fuzz::capi::check);
+    fresh(deltanet_fuzz::capi::check, 2000);
+    replay("ggml", deltanet_fuzz::ggml::check);
+    fresh(deltanet_fuzz::ggml::check, 2000);
 }
 
 #[test]

@@ -3,16 +3,20 @@
 mod cache;
 mod command;
 mod consumers;
+mod coverage;
 mod demo;
 mod dist;
 mod docs;
+mod fuzz;
 mod gpu;
 mod hosts;
 mod ik;
 mod install;
 mod links;
+mod nightly;
 mod nvcc;
 mod python;
+mod sanitize;
 mod test;
 
 use anyhow::Result;
@@ -70,6 +74,12 @@ enum Task {
     /// Drive one llama.cpp in this process, for `hosts`.
     #[command(hide = true)]
     Host(hosts::Drive),
+    /// Fuzz the C interface and the readers of other people's data.
+    Fuzz(fuzz::Options),
+    /// Run tests under AddressSanitizer, ThreadSanitizer, valgrind and Miri.
+    Sanitize(sanitize::Options),
+    /// Measure the lines that tests execute where other people's numbers come in.
+    Coverage,
 }
 
 fn main() -> ExitCode {
@@ -97,5 +107,8 @@ fn run(task: Task) -> Result<()> {
         Task::Hosts { names, speed: true, threads, rounds, .. } => hosts::run_speed(threads, rounds, &names),
         Task::Hosts { names, tokens, .. } => hosts::run_hosts(tokens, &names),
         Task::Host(drive) => drive.run(),
+        Task::Fuzz(options) => fuzz::fuzz(&options),
+        Task::Sanitize(options) => sanitize::sanitize(&options),
+        Task::Coverage => coverage::coverage(),
     }
 }

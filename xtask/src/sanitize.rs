@@ -1,0 +1,161 @@
+//! `cargo xtask sanitize`: the compilers' and valgrind's detectors, and Miri, over the parts that each can run.
+
+use crate::command::{has, output, run, workspace};
+use crate::nightly::{self, TARGET};
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use std::path::PathBuf;
+use std::process::Command;
+
+/// One detector.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// AddressSanitizer: the Rust tests, and the C programs against the instrumented library.
+    Address,
+    /// ThreadSanitizer: the C program that loads the library with threads.
+    Thread,
+    /// valgrind's memcheck: the C programs.
+    Valgrind,
+    /// Miri: validation, the C interface and the scalar kernels, also on several threads.
+    Miri,
+}
+
+/// Which detectors to run.
+#[derive(Args)]
+pub struct Options {
+    /// Detectors [default: all].
+    #[arg(value_enum)]
+    parts: Vec<Part>,
+}
+
+/// All detectors.
+pub fn all() -> Result<()> {
+    sanitize(&Options { parts: Vec::new() })
+}
+
+/// Runs the detectors asked for; the first finding fails.
+pub fn sanitize(options: &Options) -> Result<()> {
+    let parts = if options.parts.is_empty() { Part::value_variants() } else { &options.parts };
+    for part in parts {
+        match part {
+            Part::Address => address()?,
+            Part::Thread => thread()?,
+            Part::Valgrind => valgrind()?,
+            Part::Miri => miri()?,
+        }
+    }
+    Ok(())
+}
+
+/// Fewer random problems: instrumented code is slow.
+const FEWER: (&str, &str) = ("DELTANET_TEST_CASES", "60");
+
+fn address() -> Result<()> {
+    println!("== AddressSanitizer");
+    nightly::set_up(&[])?;
+    let build = Build { name: "address", std: false };
+    run(build.cargo("test").args(["-p", "deltanet", "--lib", "--test", "oracle"]).env(FEWER.0, FEWER.1))?;
+    let library = build.library()?;
+    run(&mut Command::new(build.program("bad_input", &library)?))?;
+    let load = build.program("load", &library)?;
+    for arguments in [&["threads", "16", "3"][..], &["cycles", "100"], &["fork", "3"], &["affinity"]] {
+        run(Command::new(&load).args(arguments))?;
+    }
+    Ok(())
+}
+
+fn thread() -> Result<()> {
+    println!("== ThreadSanitizer");
+    nightly::set_up(&["rust-src"])?;
+    let build = Build { name: "thread", std: true };
+    let library = build.library()?;
+    let load = build.program("load", &library)?;
+    for arguments in [&["threads", "16", "5"][..], &["cycles", "100"]] {
+        run(Command::new(&load).args(arguments).env("TSAN_OPTIONS", "halt_on_error=1"))?;
+    }
+    Ok(())
+}
+
+/// A build with a sanitizer of its own target folder.
+struct Build {
+    name: &'static str,
+    /// Whether the standard library needs to be instrumented too.
+    std: bool,
+}
+
+impl Build {
+    fn target(&self) -> PathBuf {
+        workspace().join("target/sanitize").join(self.name)
+    }
+
+    fn cargo(&self, task: &str) -> Command {
+        let mut cargo = nightly::cargo();
+        cargo.arg(task).args(["--target", TARGET, "--target-dir"]).arg(self.target());
+        cargo.args(["--no-default-features"]).env("RUSTFLAGS", format!("-Zsanitizer={}", self.name));
+        if self.std {
+            cargo.arg("-Zbuild-std");
+        }
+        cargo
+    }
+
+    /// The static library: a program then brings the one runtime that both need.
+    fn library(&self) -> Result<PathBuf> {
+        run(self.cargo("build").args(["-p", "deltanet", "--lib"]))?;
+        Ok(self.target().join(TARGET).join("debug/libdeltanet.a"))
+    }
+
+    /// A C program of tests/c, instrumented and linked with the library.
+    fn program(&self, name: &str, library: &PathBuf) -> Result<PathBuf> {
+        let program = self.target().join(name);
+        let mut cc = Command::new("cc");
+        cc.args(["-std=c11", "-O1", "-g", "-DWITHOUT_FAULTS"]).arg(format!("-fsanitize={}", self.name));
+        cc.arg("-I").arg(workspace().join("include")).arg(workspace().join("tests/c").join(format!("{name}.c")));
+        cc.arg("-o").arg(&program).arg(library).args(["-lpthread", "-lm", "-ldl"]);
+        run(&mut cc)?;
+        Ok(program)
+    }
+}
+
+fn valgrind() -> Result<()> {
+    println!("== valgrind");
+    if !has("valgrind") {
+        println!("SKIPPED: there is no valgrind");
+        return Ok(());
+    }
+    run(crate::command::cargo().args(["build", "--release", "-p", "deltanet", "--lib"]))?;
+    let release = crate::command::release();
+    for (name, arguments) in [
+        ("bad_input", &[][..]),
+        ("load", &["threads", "8", "5"]),
+        ("load", &["cycles", "40"]),
+        ("load", &["fork", "2"]),
+    ] {
+        let program = release.join(format!("valgrind_{name}"));
+        let mut cc = Command::new("cc");
+        cc.args(["-std=c11", "-O1", "-g", "-DWITHOUT_FAULTS", "-I"]).arg(workspace().join("include"));
+        cc.arg(workspace().join("tests/c").join(format!("{name}.c"))).arg("-o").arg(&program);
+        cc.arg(release.join("libdeltanet.a")).args(["-lpthread", "-lm", "-ldl"]);
+        run(&mut cc)?;
+        let mut memcheck = Command::new("valgrind");
+        memcheck.args(["--quiet", "--error-exitcode=99", "--fair-sched=yes"]);
+        run(memcheck.arg(&program).args(arguments))?;
+    }
+    Ok(())
+}
+
+fn miri() -> Result<()> {
+    println!("== Miri");
+    nightly::set_up(&["miri", "rust-src"])?;
+    let miri = || {
+        let mut miri = nightly::cargo();
+        miri.args(["miri", "test", "--target-dir"]).arg(workspace().join("target/sanitize/miri"));
+        miri.args(["-p", "deltanet", "--no-default-features"]);
+        // The clock and the environment. The thread pool's queues (crossbeam-epoch) turn pointers into numbers and back,
+        // and break the older of Miri's two models of borrowing.
+        let flags = "-Zmiri-disable-isolation -Zmiri-permissive-provenance -Zmiri-tree-borrows";
+        miri.env("MIRIFLAGS", flags);
+        miri
+    };
+    run(miri().args(["--test", "interpreted"]))?;
+    output(miri().args(["--lib", "--", "error", "capi::tests"])).map(drop)
+}

@@ -36,8 +36,15 @@ fn expect(case: &Case, expected: &reference::Expected, before: &[Vec<u8>], how: 
     let problem = case.problem();
     // SAFETY: the case owns all memory that its params describe.
     let nmse = unsafe { reference::compare(&problem, expected) };
-    let bound = case.bound;
-    assert!(nmse.out <= bound && nmse.state <= bound.min(1e-9), "{nmse:?}, bound {bound:e}, {how}: {}", case.words);
+    // Prompts go through bf16x3 products, everything else through f32 arithmetic.
+    let chunked = deltanet::cuda::workspace_size(&problem).is_ok_and(|bytes| bytes > 0);
+    let state = match (chunked, case.collinear) {
+        (false, false) => 1e-11,
+        (false, true) | (true, false) => 1e-9,
+        (true, true) => 1e-7,
+    };
+    let out = case.bound.max(state);
+    assert!(nmse.out <= out && nmse.state <= state, "{nmse:?}, bounds {out:e} {state:e}, {how}: {}", case.words);
     case.assert_intact(before);
 }
 

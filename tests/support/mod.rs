@@ -182,6 +182,8 @@ pub struct Case {
     pub buffers: Vec<Buffer>,
     /// Bound on the NMSE of out and of the states.
     pub bound: f64,
+    /// Whether the keys are nearly parallel, which makes the operator ill-conditioned.
+    pub collinear: bool,
     pub words: String,
 }
 
@@ -351,7 +353,7 @@ impl Case {
             params.state_clamp, params.gate_max
         );
         let buffers = vec![q, k, v, g, beta, state_in, out, state_out, snapshots, rows_in, rows_out, cu_seqlens];
-        Case { params, buffers, bound, words }
+        Case { params, buffers, bound, collinear: near_collinear, words }
     }
 
     /// All memory of the case, to compare or to restore.

@@ -22,7 +22,7 @@ fn many_host_threads_at_once() {
 
 #[test]
 fn cycles_do_not_grow() {
-    load("cycles", &[1000], &[10_000]);
+    load("cycles", &[3000], &[10_000]);
 }
 
 #[test]

@@ -463,6 +463,8 @@ mod tests {
             let axis = if self.ragged { 1 } else { b };
             let f32 = Dtype::F32;
             let none = Tensor::default();
+            let cu_seqlens = if self.ragged { tensor(Dtype::I32, [b + 1, 1, 1, 1]) } else { none };
+            // The snapshots come last, so that their later slots have room.
             let params = Params {
                 q: tensor(f32, [s, hk, t, axis]),
                 k: tensor(f32, [s, hk, t, axis]),
@@ -473,11 +475,11 @@ mod tests {
                 state_in: tensor(f32, [s, s, hv, b]),
                 state_out: tensor(f32, [s, s, hv, b]),
                 snapshots: if self.snapshots > 0 { tensor(f32, [s, s, hv, b]) } else { none },
-                snapshot_stride: 1 << 36,
+                snapshot_stride: s * s * hv * b * 4,
                 snapshot_slots: self.snapshots,
                 n_snapshots: self.snapshots,
                 snapshot_skip: self.skip,
-                cu_seqlens: if self.ragged { tensor(Dtype::I32, [b + 1, 1, 1, 1]) } else { none },
+                cu_seqlens,
                 precision: self.precision as u32,
                 ..Params::default()
             };

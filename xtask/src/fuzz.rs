@@ -21,11 +21,6 @@ pub struct Options {
     targets: Vec<String>,
 }
 
-/// Every target, each for that many seconds.
-pub fn all(seconds: u32) -> Result<()> {
-    fuzz(&Options { seconds, targets: Vec::new() })
-}
-
 /// Fuzzes; an input that breaks a property is left in fuzz/regressions, where the replay test finds it.
 pub fn fuzz(options: &Options) -> Result<()> {
     nightly::set_up(&[])?;

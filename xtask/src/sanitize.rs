@@ -28,11 +28,6 @@ pub struct Options {
     parts: Vec<Part>,
 }
 
-/// All detectors.
-pub fn all() -> Result<()> {
-    sanitize(&Options { parts: Vec::new() })
-}
-
 /// Runs the detectors asked for; the first finding fails.
 pub fn sanitize(options: &Options) -> Result<()> {
     let parts = if options.parts.is_empty() { Part::value_variants() } else { &options.parts };

@@ -2,7 +2,6 @@
 
 use super::chunked::{self, Abilities};
 use super::driver::{CUcontext, CUdevice, CUfunction, Driver, driver};
-#[cfg(deltanet_nvcc)]
 use super::plan::SHAPES;
 use crate::error::{Error, Result, Status, ensure};
 use cudarc::driver::sys::{CUdevice_attribute_enum as Device, CUfunction_attribute_enum as Function};

@@ -108,6 +108,8 @@ fn compile(nvcc: &Path, kernel: &str, archs: &str, image: &Path) -> Result<Strin
         "-diag-suppress",
         "177",
         "-compress-mode=size",
+        "-Xptxas",
+        "-v",
         "--threads",
         &jobs,
         "-I",

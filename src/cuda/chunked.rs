@@ -10,7 +10,9 @@ use super::plan::{Arguments, Launch};
 use crate::params::Precision;
 use crate::problem::{Problem, StateView};
 use crate::tensor::Dtype;
-use std::ffi::{CStr, c_void};
+#[cfg(any(deltanet_nvcc, test))]
+use std::ffi::CStr;
+use std::ffi::c_void;
 
 /// Tokens from which a sequence is a prompt: below, the token-serial kernel is faster.
 pub(crate) const CROSSOVER: usize = 48;
@@ -54,6 +56,7 @@ const IO_F32: usize = 0;
 const IO_16: usize = 1;
 const IO_ANY: usize = 2;
 
+#[cfg(any(deltanet_nvcc, test))]
 macro_rules! names {
     ($(($mode:literal, $s:literal, $c:literal)),+ $(,)?) => {
         [$(
@@ -66,6 +69,7 @@ macro_rules! names {
 }
 
 /// Every chunked kernel: a prepare and its scans for each configuration.
+#[cfg(any(deltanet_nvcc, test))]
 pub(crate) static NAMES: [&CStr; 8 * (1 + IO)] = names![
     ("exact", 128, 64),
     ("exact", 128, 32),
@@ -77,6 +81,7 @@ pub(crate) static NAMES: [&CStr; 8 * (1 + IO)] = names![
     ("bf16", 64, 32),
 ];
 
+#[cfg(any(deltanet_nvcc, test))]
 const fn name(words: &'static str) -> &'static CStr {
     match CStr::from_bytes_with_nul(words.as_bytes()) {
         Ok(name) => name,

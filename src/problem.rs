@@ -554,7 +554,7 @@ impl Problem {
             out: last(&self.out),
             state_in,
             tokens,
-            ..self.clone()
+            ..*self
         }
     }
 

@@ -334,13 +334,13 @@ fn half(value: f32) -> u16 {
 }
 
 fn wild(rng: &mut Rng) -> u64 {
-    match rng.next() % 8 {
+    match rng.bits() % 8 {
         0 => u64::from(f32::INFINITY.to_bits()),
         1 => u64::from(f32::NEG_INFINITY.to_bits()),
         2 => u64::from(f32::NAN.to_bits()),
-        3 => rng.next() % (1 << 22),
+        3 => rng.bits() % (1 << 22),
         4 => 0,
-        _ => rng.next(),
+        _ => rng.bits(),
     }
 }
 

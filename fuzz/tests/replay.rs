@@ -29,8 +29,8 @@ fn fresh(property: fn(&[u8]), count: usize) {
     println!("DELTANET_TEST_SEED={seed}");
     let mut rng = Rng(seed);
     for _ in 0..count {
-        let length = rng.next() as usize % 160;
-        let data: Vec<u8> = (0..length).map(|_| rng.next() as u8).collect();
+        let length = rng.bits() as usize % 160;
+        let data: Vec<u8> = (0..length).map(|_| rng.bits() as u8).collect();
         property(&data);
     }
 }

@@ -58,7 +58,6 @@ impl Shape {
 }
 
 /// A kernel's only argument.
-#[expect(clippy::large_enum_variant, reason = "one lives on the stack at a time, and a run may not allocate")]
 pub(crate) enum Arguments {
     Fast(DnFast),
     Any(DnProblem),

@@ -148,6 +148,7 @@ fn host(device: &mut Device) -> Result<Host, String> {
 struct Case {
     node: Box<Tensor>,
     memory: Vec<Vec<f32>>,
+    #[allow(clippy::vec_box, reason = "nodes point to them: they must not move")]
     _sources: Vec<Box<Tensor>>,
 }
 
@@ -320,7 +321,8 @@ fn nodes_that_look_wrong_stay_with_the_host() {
     let device = device(16, 2);
     substitute::attach(Arc::new(host(device).expect("a known host"))).expect("attached");
     let nature = nature(device);
-    let spoil: [(&str, fn(&mut Tensor)); 8] = [
+    type Spoil = fn(&mut Tensor);
+    let spoil: [(&str, Spoil); 8] = [
         ("K larger than the buffer", |node| node.op_params[0] = 4),
         ("a negative K", |node| node.op_params[0] = -1),
         ("a missing source", |node| node.src[3] = std::ptr::null_mut()),

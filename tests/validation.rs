@@ -183,8 +183,7 @@ fn every_extent_agrees() {
             }
         }
     }
-    for name in 0..7 {
-        let (name, get) = tensors[name];
+    for &(name, get) in &tensors[..7] {
         let mut p = with_snapshots();
         get(&mut p).data = std::ptr::null_mut();
         refused(&p, Status::NullPointer, &format!("{name}.data is null"));

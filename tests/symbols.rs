@@ -21,7 +21,10 @@ fn promised() -> BTreeSet<String> {
         in_comment |= line.trim_start().starts_with("/*");
         if !in_comment && let Some((before, _)) = line.split_once('(') {
             let name = before.rsplit(|c: char| !c.is_ascii_alphanumeric() && c != '_').next().unwrap_or_default();
-            functions.insert(name.to_owned());
+            // A pointer to a function has no name before its parenthesis.
+            if !name.is_empty() {
+                functions.insert(name.to_owned());
+            }
         }
         in_comment &= !line.contains("*/");
     }

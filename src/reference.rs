@@ -85,23 +85,25 @@ unsafe fn evaluate_head(p: &Problem, b: usize, h: usize, expected: &mut Expected
             let g = load(&p.g, [if p.channel_gate() { i } else { 0 }, h, t, sequence]);
             at_most(g, f64::from(p.gate_max())).exp()
         };
-        for i in 0..s {
-            let decay = decay(i);
-            state[i * s..][..s].iter_mut().for_each(|x| *x *= decay);
-        }
-        let delta: Vec<f64> = (0..s)
-            .map(|j| {
-                let predicted: f64 = (0..s).map(|i| state[i * s + j] * k[i]).sum();
-                beta * (load(&p.v, [j, h, t, sequence]) - predicted)
-            })
-            .collect();
-        for i in 0..s {
-            for j in 0..s {
-                state[i * s + j] += k[i] * delta[j];
+        let decays: Vec<f64> = if p.channel_gate() { (0..s).map(decay).collect() } else { vec![decay(0); s] };
+        // S^T k and S^T q by rows of the state, so that value channels, which are independent, are the inner loop.
+        let mut predicted = vec![0.0; s];
+        for ((row, decay), k) in state.chunks_exact_mut(s).zip(&decays).zip(&k) {
+            for (x, sum) in row.iter_mut().zip(&mut predicted) {
+                *x *= decay;
+                *sum += *x * k;
             }
         }
-        for j in 0..s {
-            let o: f64 = (0..s).map(|i| state[i * s + j] * q[i]).sum();
+        let delta: Vec<f64> =
+            predicted.iter().enumerate().map(|(j, sum)| beta * (load(&p.v, [j, h, t, sequence]) - sum)).collect();
+        let mut out = vec![0.0; s];
+        for ((row, k), q) in state.chunks_exact_mut(s).zip(&k).zip(&q) {
+            for ((x, delta), sum) in row.iter_mut().zip(&delta).zip(&mut out) {
+                *x += k * delta;
+                *sum += *x * q;
+            }
+        }
+        for (j, o) in out.into_iter().enumerate() {
             expected.out[((sequence * p.v.ne[2] + t) * hv + h) * s + j] = Some(f64::from(p.scale()) * o);
         }
         // As in ik_llama.cpp, the token's own output comes from the state before the clamp.

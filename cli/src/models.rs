@@ -6,12 +6,20 @@
 //! `linear_attn_config.head_dim`, the length of `linear_attn_config.kda_layers`.
 
 /// What the log-decay has one of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Gate {
     /// One a head: gated delta net.
+    #[value(name = "scalar")]
     Head,
     /// One a key channel: Kimi delta attention.
     Channel,
+}
+
+impl Gate {
+    /// As options, tables and JSON call it.
+    pub fn name(self) -> &'static str {
+        if self == Gate::Head { "scalar" } else { "channel" }
+    }
 }
 
 /// The operator as one model uses it.
@@ -58,7 +66,7 @@ pub const MODELS: [Model; 7] = [
     },
 ];
 
-/// The model of that name, for clap: `--model` with `value_parser = models::parse`.
+/// The model of that name.
 pub fn parse(name: &str) -> Result<Model, String> {
     let known = || MODELS.map(|model| model.name).join(", ");
     MODELS.into_iter().find(|model| model.name == name).ok_or_else(|| format!("{name} is none of {}", known()))

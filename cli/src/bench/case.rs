@@ -1,5 +1,6 @@
 //! One shape with its tensors, run by us.
 
+use super::shape::Shape;
 use super::team::Team;
 use anyhow::Result;
 use deltanet::cpu::{self, Isa};
@@ -7,32 +8,6 @@ use deltanet::params::StateLayout;
 use deltanet::reference::{self, Nmse};
 use deltanet::{Dtype, Params, Plan, Problem, Tensor};
 use std::mem::MaybeUninit;
-
-/// What is timed.
-#[derive(Clone, Copy, Debug)]
-pub struct Shape {
-    pub key_heads: usize,
-    pub value_heads: usize,
-    pub head_size: usize,
-    pub channel_gate: bool,
-    pub tokens: usize,
-    pub sequences: usize,
-}
-
-impl Shape {
-    pub fn state_floats(&self) -> usize {
-        self.head_size * self.head_size * self.value_heads * self.sequences
-    }
-
-    /// FMAs of the operator in its token-serial form, 4 a state element and token.
-    pub fn fma(&self) -> f64 {
-        4.0 * self.state_floats() as f64 * self.tokens as f64
-    }
-
-    pub fn gate_channels(&self) -> usize {
-        if self.channel_gate { self.head_size } else { 1 }
-    }
-}
 
 /// Floats on a cache line's boundary, as engines align their tensors.
 pub struct Floats {
@@ -113,14 +88,14 @@ impl Case {
         }
     }
 
-    /// The problem; in place, `state_out` is both.
-    pub fn problem(&mut self, layout: StateLayout, in_place: bool) -> Result<Problem> {
+    /// The arguments; in place, `state_out` is both.
+    pub fn params(&mut self, layout: StateLayout, in_place: bool) -> Params {
         let Shape { key_heads, value_heads, head_size: s, tokens, sequences, .. } = self.shape;
         let dense = |data: &[f32], ne: [usize; 4]| {
             Tensor::dense(data.as_ptr().cast_mut().cast(), Dtype::F32, ne.map(|n| n as i64))
         };
         let states = [s, s, value_heads, sequences];
-        let params = Params {
+        Params {
             state_layout: layout as u32,
             q: dense(&self.q, [s, key_heads, tokens, sequences]),
             k: dense(&self.k, [s, key_heads, tokens, sequences]),
@@ -131,9 +106,13 @@ impl Case {
             state_in: dense(if in_place { &self.state_out } else { &self.state }, states),
             state_out: dense(&self.state_out, states),
             ..Params::default()
-        };
+        }
+    }
+
+    /// The problem; in place, `state_out` is both.
+    pub fn problem(&mut self, layout: StateLayout, in_place: bool) -> Result<Problem> {
         // SAFETY: no index tensors.
-        Ok(unsafe { Problem::new(&params)? })
+        Ok(unsafe { Problem::new(&self.params(layout, in_place))? })
     }
 
     /// Room for every thread.

@@ -1,8 +1,6 @@
 //! The operator on a GPU, for the command and for tests: a context with the kernels loaded, and problems whose tensors
 //! are mirrored in device memory.
 
-pub mod bench;
-
 use anyhow::{Context, Result, ensure};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, sys};
 use deltanet::params::Params;

@@ -94,9 +94,10 @@ where
         .y_desc("µs per token")
         .x_label_formatter(&|tokens| format!("{tokens:.0}"))
         .label_style((FONT, 14))
+        .light_line_style(WHITE.mix(0.0))
         .draw()?;
     for (at, line) in lines.iter().enumerate() {
-        let colour = Palette99::pick(at).stroke_width(if line.ours { 3 } else { 1 });
+        let colour = Palette99::pick(at).stroke_width(if line.ours { 3 } else { 2 });
         chart
             .draw_series(LineSeries::new(line.points.iter().copied(), colour).point_size(3))?
             .label(&line.label)
@@ -104,6 +105,8 @@ where
     }
     chart
         .configure_series_labels()
+        // Time a token falls with the tokens: this corner is free.
+        .position(SeriesLabelPosition::LowerLeft)
         .label_font((FONT, 14))
         .background_style(WHITE.mix(0.8))
         .border_style(BLACK)

@@ -61,8 +61,9 @@ extern "C" fn ggml_backend_init() -> *mut c_void {
 /// Starts working for a host and answers the registry that it gets. Never fails: what cannot be done is said.
 pub fn start(host: Host) -> *mut Registry {
     let api_version = host.api_version;
-    let version = if host.version.is_empty() { "unknown version".into() } else { host.version.clone() };
-    let about = format!("ggml {version}, plugin API {api_version}");
+    // A host that attaches us says no version.
+    let version = if host.version.is_empty() { String::new() } else { format!(" {}", host.version) };
+    let about = format!("ggml{version}, plugin API {api_version}");
     // The host may unload us, but its CPU device and its backends have our functions from now on.
     if !stay_loaded() {
         log::line(Level::Warning, "not active: this library cannot be kept loaded");

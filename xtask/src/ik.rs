@@ -97,7 +97,9 @@ impl Bench {
             let libraries = bench.engine.join("ik_llama_cpp/lib");
             let mut cc = Command::new("cc");
             cc.args(["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-o"]).arg(bench.c_program(way));
-            cc.arg("-isystem").arg(bench.engine.join("include")).arg(workspace().join("tests/ik/greedy.c"));
+            cc.arg("-isystem")
+                .arg(bench.engine.join("include"))
+                .arg(workspace().join("examples/ik_llama.cpp/greedy.c"));
             if way == Way::LinkedFirst {
                 cc.arg("-Wl,--no-as-needed").arg(&bench.ours);
             }
@@ -116,7 +118,7 @@ impl Bench {
         let mut command = match program {
             Program::Python => {
                 let mut python = Command::new("python3");
-                python.arg(workspace().join("tests/ik/greedy.py")).env("PYTHONPATH", &self.engine);
+                python.arg(workspace().join("examples/ik_llama.cpp/greedy.py")).env("PYTHONPATH", &self.engine);
                 python
             }
             Program::C => Command::new(self.c_program(way)),

@@ -4,6 +4,7 @@
 //! parent compares: equal greedy tokens, logits within a bound, and what the plugin's counters say.
 
 mod driver;
+mod examples;
 mod fetch;
 mod graphs;
 mod llama;
@@ -130,24 +131,7 @@ pub fn run_hosts(tokens: usize, only: &[String]) -> Result<()> {
     if picked("node-llama-cpp") {
         check_application(&plugin, &models[0].1)?;
     }
-    if picked("example") { check_example() } else { Ok(()) }
-}
-
-/// The example that builds a graph of its own, compiled against ggml 0.26.0.
-fn check_example() -> Result<()> {
-    println!("== examples/ggml");
-    let (workspace, release) = (command::workspace(), command::release());
-    let (sources, libraries) = (fetch::crate_sources()?, HOSTS[HOSTS.len() - 1].libraries()?);
-    let program = release.join("custom_op");
-    let mut compiler = Command::new("cc");
-    compiler.args(["-O2", "-Wall", "-Wextra", "-Werror"]).arg(workspace.join("examples/ggml/custom_op.c"));
-    compiler.arg("-I").arg(workspace.join("include")).arg("-I").arg(sources.join("ggml/include"));
-    compiler.arg("-L").arg(&libraries).args(["-lggml", "-lggml-cpu", "-lggml-base"]);
-    compiler.arg(release.join("libdeltanet.a")).args(["-lpthread", "-ldl", "-lm"]);
-    compiler.arg(format!("-Wl,-rpath,{}", libraries.display())).arg("-o").arg(&program);
-    command::run(&mut compiler)?;
-    print!("   {}", command::output(&mut Command::new(program))?);
-    Ok(())
+    if picked("example") { examples::check(&models[0].1) } else { Ok(()) }
 }
 
 /// Greedy tokens and logits with 1 and 5 sequences: with 1, 2 and 4 threads (in full for one model: the threads are

@@ -34,7 +34,7 @@ pub struct Options {
 /// Prints name, NMSE of out, NMSE of state and the verdict for each file; fails if any does.
 pub fn run(options: &Options) -> Result<ExitCode> {
     let isa = isa::choose(options.isa)?;
-    let gpu = if options.device == Device::Cuda { Some(Gpu::open()?) } else { None };
+    let gpu = if options.device == Device::Cuda { Some(Gpu::open(0)?) } else { None };
     let mut failed = false;
     for file in &options.files {
         let checked = match &gpu {

@@ -20,7 +20,7 @@ pub fn run() -> Result<ExitCode> {
 
 /// The first GPU, its driver, and which of the kernels' images that driver took; or why there is none.
 fn cuda() -> Result<String> {
-    let _gpu = crate::cuda::Gpu::open()?;
+    let _gpu = crate::cuda::Gpu::open(0)?;
     let device = deltanet::cuda::device()?;
     let ((major, minor), (cuda, point)) = (device.capability, device.driver);
     Ok(format!(

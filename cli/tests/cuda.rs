@@ -6,10 +6,12 @@ mod support;
 
 use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use deltanet::params::{HeadMap, StateLayout};
 use deltanet::problem::Place;
 use deltanet::{Params, Problem, Status, reference};
 use deltanet_cli::cuda::{self, Gpu, Mirror};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use support::sharded::{Whole, shard};
 use support::{Case, Rng, Wish, seed};
 
 /// One test at a time has the GPU: a capture forbids other threads what their set-up does.
@@ -18,7 +20,7 @@ static TURN: Mutex<()> = Mutex::new(());
 /// The GPU, or `None` and a word about it. Under `DELTANET_TEST_GPU=1` there must be one.
 fn gpu() -> Option<(MutexGuard<'static, ()>, Gpu)> {
     let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    match Gpu::open() {
+    match Gpu::open(0) {
         Ok(gpu) => Some((turn, gpu)),
         Err(error) => {
             assert!(std::env::var_os("DELTANET_TEST_GPU").is_none(), "{error:#}");
@@ -268,4 +270,43 @@ fn a_machine_without_a_driver_gets_a_status() {
         unsafe { deltanet::deltanet_cuda_run(std::ptr::null(), std::ptr::null_mut(), 0, std::ptr::null_mut()) };
     assert_eq!(status, Status::NullPointer);
     assert_eq!(deltanet::deltanet_cuda_prepare(), Status::Unsupported);
+}
+
+#[test]
+fn shards_have_the_bits_of_the_whole() {
+    let Some((_turn, gpu)) = gpu() else { return };
+    // A stream for each half, as on two devices.
+    let other = Gpu { context: gpu.context.clone(), stream: gpu.context.new_stream().expect("a second stream") };
+    let mut rng = Rng(seed());
+    for layout in [StateLayout::KeyContiguous, StateLayout::ValueContiguous] {
+        for head_map in [HeadMap::Tiled, HeadMap::Grouped] {
+            for (head_size, tokens) in [(32, 1), (128, 1), (128, 20), (64, 200), (128, 200)] {
+                let mut whole = Whole::new(&mut rng, head_size, tokens, head_map, layout);
+                let (params, state) = (whole.params, whole.state.clone());
+                let mut bits = |shards: usize| {
+                    whole.bits(&state, || {
+                        // SAFETY: the whole owns all memory that its params describe, and is not looked at meanwhile.
+                        unsafe {
+                            let mirror = Mirror::new(&gpu, &params).expect("the tensors fit");
+                            let mut workspaces = Vec::new();
+                            for at in 0..shards {
+                                let gpu = [&gpu, &other][at % 2];
+                                for call in shard(&mirror.params, head_map, at, shards) {
+                                    workspaces.push(cuda::queue(gpu, &call).expect("a shard is a valid problem"));
+                                }
+                            }
+                            other.stream.synchronize().expect("the stream works");
+                            mirror.download().expect("nothing beside the tensors was written to");
+                        }
+                    })
+                };
+                let expected = bits(1);
+                for shards in [2, 4, 16] {
+                    let how =
+                        format!("{shards} shards, {head_size} channels, {tokens} tokens, {head_map:?}, {layout:?}");
+                    assert!(bits(shards) == expected, "{how}");
+                }
+            }
+        }
+    }
 }

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 pub mod peers;
+pub mod sharded;
 
 use deltanet::params::{BetaKind, HeadMap, SnapshotOrder, StateLayout};
 use deltanet::{Dtype, Params, Problem, Tensor};

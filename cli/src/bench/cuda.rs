@@ -3,18 +3,15 @@
 use super::Precision;
 use super::case::Case;
 use super::plot::{OURS, Timed};
+use super::replay::{self, Work, replay};
 use super::seed;
 use super::shape::{COLUMNS, Shape, StateUse};
 use super::times::Times;
 use crate::cuda::{self, Gpu, Mirror};
 use anyhow::Result;
-use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaSlice, DevicePtr};
 use deltanet::params::Params;
-use deltanet::problem::Place;
-use deltanet::{Dtype, Problem, Tensor, reference};
+use deltanet::{Problem, Tensor, reference};
 use serde_json::{Value, json};
-use std::ffi::c_void;
 
 /// The first device, and what is timed there.
 pub struct Cuda {
@@ -38,21 +35,16 @@ pub struct Row {
     nmse: f64,
 }
 
-/// States of all sets together are larger than any L2 cache that we know.
-const ROTATE: usize = 256 << 20;
-/// States below this stay in the cache from call to call in an engine too, as in a benchmark of one buffer.
-const CACHED: usize = 16 << 20;
 /// Heads that are compared with the oracle, each on a thread of its own: it takes a second for some 10 000 tokens.
 const SAMPLE: usize = 4;
 
 impl Cuda {
     /// Opens the device and measures its copies.
     pub fn open(state: StateUse, precision: Precision) -> Result<Cuda> {
-        let gpu = Gpu::open()?;
+        let gpu = Gpu::open(0)?;
         let device = deltanet::cuda::device()?;
-        let arena = Arena::new(&gpu, 2 * ROTATE / size_of::<f32>())?;
-        let seconds = replay(&gpu, 4, |_| copy(&gpu, arena.base, ROTATE))?.median();
-        Ok(Cuda { gpu, device, state, precision, bandwidth: 2.0 * ROTATE as f64 / seconds })
+        let bandwidth = replay::bandwidth(&gpu)?;
+        Ok(Cuda { gpu, device, state, precision, bandwidth })
     }
 
     /// What is timed on.
@@ -71,66 +63,17 @@ impl Cuda {
 
     /// Times one shape.
     pub fn time(&self, shape: Shape) -> Result<Row> {
-        let Cuda { gpu, state: StateUse { layout, in_place }, precision, bandwidth, .. } = self;
         let nmse = self.nmse(shape)?;
-        let Shape { key_heads, value_heads, head_size: s, tokens, sequences, .. } = shape;
-        let gates = shape.gate_channels();
-        let state_floats = shape.state_floats();
-        let state_bytes = state_floats * size_of::<f32>();
-        let sets = if state_bytes < CACHED { 1 } else { (ROTATE / state_bytes).max(2) };
-        let rows = tokens * sequences;
-        let input_floats = rows * (2 * key_heads * s + 2 * value_heads * s + value_heads * (gates + 1));
-        let mut arena = Arena::new(gpu, sets * (2 * state_floats + input_floats + 8 * ROUND))?;
-        let mut problems = Vec::new();
-        for _ in 0..sets {
-            let state_in = arena.take([s, s, value_heads, sequences]);
-            let other = arena.take([s, s, value_heads, sequences]);
-            let params = Params {
-                q: arena.take([s, key_heads, tokens, sequences]),
-                k: arena.take([s, key_heads, tokens, sequences]),
-                v: arena.take([s, value_heads, tokens, sequences]),
-                g: arena.take([gates, value_heads, tokens, sequences]),
-                beta: arena.take([1, value_heads, tokens, sequences]),
-                out: arena.take([s, value_heads, tokens, sequences]),
-                state_in,
-                state_out: if *in_place { state_in } else { other },
-                state_layout: *layout as u32,
-                // Every decay is exp(-5), so that random keys, which are longer than one, do not make the states grow
-                // from replay to replay.
-                gate_max: -5.0,
-                precision: *precision as u32,
-                ..Params::default()
-            };
-            // SAFETY: at a device, nothing is read.
-            problems.push(unsafe { Problem::at(&params, Place::Device)? });
-            if !in_place {
-                // Back and forth, so that no call reads what the cache has just been filled with by chance.
-                let back = Params { state_in: params.state_out, state_out: params.state_in, ..params };
-                // SAFETY: as above.
-                problems.push(unsafe { Problem::at(&back, Place::Device)? });
-            }
-        }
-        let bytes = deltanet::cuda::workspace_size(&problems[0])?;
-        let workspace = gpu.stream.alloc_zeros::<u8>(bytes.max(1))?;
-        let workspace = workspace.device_ptr(&gpu.stream).0 as *mut c_void;
-
-        let guess = 2.0 + state_bytes as f64 * 2.0 / 2.5e6 + rows as f64 * 0.3;
-        let calls = ((2000.0 / guess) as usize).clamp(4, 400).next_multiple_of(problems.len());
-        let ours = replay(gpu, calls, |at| {
-            let problem = &problems[at % problems.len()];
-            // SAFETY: the arena holds the tensors, and is waited for before it goes.
-            unsafe { deltanet::cuda::run(problem, workspace, bytes, gpu.raw_stream())? };
-            Ok(())
-        })?;
-        // From one state of each set to the other.
-        let copy = replay(gpu, 8.min(calls), |at| copy(gpu, arena.set(at % sets, sets), state_bytes))?;
-        gpu.stream.synchronize()?;
+        let work = Work::new(&self.gpu, shape, self.state, self.precision)?;
+        let ours = replay(&self.gpu, work.calls, |at| work.call(&self.gpu, at))?;
+        let copy = replay(&self.gpu, 8.min(work.calls), |at| work.copy(&self.gpu, at))?;
+        self.gpu.stream.synchronize()?;
         Ok(Row {
             shape,
-            kernel: if bytes > 0 { "chunked" } else { "recurrent" },
+            kernel: if work.is_chunked() { "chunked" } else { "recurrent" },
             ours,
             copy,
-            floor: ((2 * state_floats + input_floats) * size_of::<f32>()) as f64 / bandwidth,
+            floor: work.bytes as f64 / self.bandwidth,
             nmse,
         })
     }
@@ -238,82 +181,4 @@ fn one_head(params: &Params, head: usize, sequence: usize) -> Params {
         state_out: view(&params.state_out, state_axis, head),
         ..*params
     }
-}
-
-/// Floats that tensors in an arena begin at multiples of.
-const ROUND: usize = 64;
-
-struct Arena {
-    memory: CudaSlice<f32>,
-    base: u64,
-    used: usize,
-}
-
-impl Arena {
-    /// Random numbers from -1/2 to 1/2: zeros would be faster than real data.
-    fn new(gpu: &Gpu, floats: usize) -> Result<Arena> {
-        let mut seed = 0x9e37_79b9_7f4a_7c15u64;
-        let mut random = || {
-            seed ^= seed << 13;
-            seed ^= seed >> 7;
-            seed ^= seed << 17;
-            (seed >> 40) as f32 / (1u64 << 24) as f32 - 0.5
-        };
-        let piece: Vec<f32> = (0..floats.min(1 << 22)).map(|_| random()).collect();
-        let mut memory = gpu.stream.alloc_zeros::<f32>(floats)?;
-        for start in (0..floats).step_by(piece.len()) {
-            let n = piece.len().min(floats - start);
-            gpu.stream.memcpy_htod(&piece[..n], &mut memory.slice_mut(start..start + n))?;
-        }
-        gpu.stream.synchronize()?;
-        let base = memory.device_ptr(&gpu.stream).0;
-        Ok(Arena { memory, base, used: 0 })
-    }
-
-    /// Where the first tensor of a set of `sets` alike lies.
-    fn set(&self, at: usize, sets: usize) -> u64 {
-        self.base + (self.used / sets * at * size_of::<f32>()) as u64
-    }
-
-    fn take(&mut self, ne: [usize; 4]) -> Tensor {
-        let floats = ne.iter().product::<usize>().next_multiple_of(ROUND);
-        let address = self.base as usize + self.used * size_of::<f32>();
-        self.used += floats;
-        assert!(self.used <= self.memory.len(), "the arena is large enough for its tensors");
-        Tensor::dense(address as *mut c_void, Dtype::F32, ne.map(|n| n as i64))
-    }
-}
-
-/// Copies `bytes` at `from` to where they end.
-fn copy(gpu: &Gpu, from: u64, bytes: usize) -> Result<()> {
-    // SAFETY: the caller's arena holds both.
-    let code =
-        unsafe { cudarc::driver::sys::cuMemcpyDtoDAsync_v2(from + bytes as u64, from, bytes, gpu.stream.cu_stream()) };
-    Ok(code.result()?)
-}
-
-/// Seconds a call over replays of a graph of `calls`.
-fn replay(gpu: &Gpu, calls: usize, call: impl Fn(usize) -> Result<()>) -> Result<Times> {
-    const REPLAYS: usize = 21;
-    call(0)?;
-    gpu.stream.synchronize()?;
-    gpu.stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
-    let captured = (0..calls).try_for_each(&call);
-    let graph = gpu.stream.end_capture(CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH)?;
-    captured?;
-    let graph = graph.ok_or_else(|| anyhow::anyhow!("the capture holds nothing"))?;
-    let event = || gpu.context.new_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
-    let (start, end) = (event()?, event()?);
-    let mut times = Times::default();
-    for at in 0..REPLAYS + 2 {
-        start.record(&gpu.stream)?;
-        graph.launch()?;
-        end.record(&gpu.stream)?;
-        end.synchronize()?;
-        // The first replays warm caches up, and clocks.
-        if at >= 2 {
-            times.0.push(f64::from(start.elapsed_ms(&end)?) * 1e-3 / calls as f64);
-        }
-    }
-    Ok(times)
 }

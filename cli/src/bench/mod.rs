@@ -8,7 +8,9 @@ mod ggml;
 mod ik;
 mod machine;
 mod plot;
+mod replay;
 mod shape;
+mod shards;
 mod team;
 mod times;
 
@@ -23,6 +25,7 @@ use deltanet::params::StateLayout;
 use indicatif::{ProgressBar, ProgressStyle};
 use plot::Timed;
 use shape::{Heads, Shape, StateUse};
+use shards::Shards;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -64,6 +67,9 @@ pub struct Options {
     /// libggml.so of ik_llama.cpp, to time its operator.
     #[arg(long, value_name = "LIB")]
     ik: Option<PathBuf>,
+    /// Parts to split the heads into on CUDA, each on a device or at least a stream of its own, beside the whole.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..), conflicts_with = "plot")]
+    shards: u16,
     /// Arithmetic of the prompt kernels on CUDA.
     #[arg(long, default_value = "exact")]
     precision: Precision,
@@ -121,12 +127,24 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if shapes.iter().any(|shape| shape.tokens == 0 || shape.sequences == 0) {
         bail!("--tokens and --seqs must be positive");
     }
+    ensure!(
+        options.device == Device::Cuda || options.shards == 1,
+        "--shards {}: it is for --device cuda; on the CPU, --threads splits the work",
+        options.shards
+    );
     match options.device {
         Device::Cpu => {
             let cpu = options.cpu()?;
             each(options, &shapes, &cpu.title(), &cpu.header(), |shape| {
                 let row = cpu.time(shape)?;
                 Ok((row.line(), cpu.json(&row), row.timed().collect()))
+            })
+        }
+        Device::Cuda if options.shards > 1 => {
+            let shards = Shards::open(options.shards.into(), options.state(), options.precision)?;
+            each(options, &shapes, &shards.title(), &shards.header(), |shape| {
+                let row = shards.time(shape)?;
+                Ok((row.line(), shards.json(&row), Vec::new()))
             })
         }
         Device::Cuda => {

@@ -8,7 +8,7 @@ use deltanet::{Dtype, Tensor};
 use std::ffi::c_void;
 use std::sync::Arc;
 
-/// The first device, its primary context current on this thread, with deltanet's kernels loaded.
+/// A device, its primary context with deltanet's kernels loaded.
 pub struct Gpu {
     /// The device's primary context.
     pub context: Arc<CudaContext>,
@@ -17,17 +17,28 @@ pub struct Gpu {
 }
 
 impl Gpu {
-    /// Opens the first device.
-    pub fn open() -> Result<Gpu> {
+    /// How many devices there are.
+    pub fn count() -> Result<usize> {
         // SAFETY: loading libcuda runs its initialisers, which is what its users do.
         ensure!(unsafe { sys::is_culib_present() }, "libcuda was not found: a GPU needs NVIDIA's driver");
-        let context = CudaContext::new(0).context("there is no CUDA device")?;
+        Ok(CudaContext::device_count().context("there is no CUDA device")? as usize)
+    }
+
+    /// Opens a device, and makes its context current on this thread.
+    pub fn open(ordinal: usize) -> Result<Gpu> {
+        ensure!(ordinal < Gpu::count()?, "there is no CUDA device {ordinal}");
+        let context = CudaContext::new(ordinal)?;
         // SAFETY: every buffer is used on one stream at a time, and waited for before it is dropped; the events that
         // cudarc would put between streams may not be recorded in a capture.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream()?;
         deltanet::cuda::prepare()?;
         Ok(Gpu { context, stream })
+    }
+
+    /// Makes its context current on this thread.
+    pub fn make_current(&self) -> Result<()> {
+        Ok(self.context.bind_to_thread()?)
     }
 
     /// The stream as deltanet takes it.
@@ -147,19 +158,30 @@ impl Buffer {
     }
 }
 
+/// Queues a problem in device memory on the stream, with a workspace of its own, which must live until the stream has
+/// done the work.
+///
+/// # Safety
+/// As for [`deltanet::cuda::run`].
+pub unsafe fn queue(gpu: &Gpu, params: &Params) -> Result<CudaSlice<u8>> {
+    // SAFETY: at a device, nothing is read.
+    let problem = unsafe { deltanet::Problem::at(params, deltanet::problem::Place::Device)? };
+    let bytes = deltanet::cuda::workspace_size(&problem)?;
+    // Garbage, as a caller's would be.
+    let workspace = gpu.stream.clone_htod(&vec![0xffu8; bytes.max(1)])?;
+    let address = workspace.device_ptr(&gpu.stream).0 as *mut c_void;
+    // SAFETY: passed on.
+    unsafe { deltanet::cuda::run(&problem, address, bytes, gpu.raw_stream())? };
+    Ok(workspace)
+}
+
 /// Runs the mirrored problem on the stream with a workspace of its own, and waits.
 ///
 /// # Safety
 /// As for [`deltanet::cuda::run`].
 pub unsafe fn run(gpu: &Gpu, mirror: &Mirror) -> Result<()> {
-    // SAFETY: at a device, nothing is read.
-    let problem = unsafe { deltanet::Problem::at(&mirror.params, deltanet::problem::Place::Device)? };
-    let bytes = deltanet::cuda::workspace_size(&problem)?;
-    // Garbage, as a caller's would be.
-    let workspace = gpu.stream.clone_htod(&vec![0xffu8; bytes.max(1)])?;
-    let (address, _guard) = workspace.device_ptr(&gpu.stream);
     // SAFETY: passed on; the workspace lives until the stream is done.
-    unsafe { deltanet::cuda::run(&problem, address as *mut c_void, bytes, gpu.raw_stream())? };
+    let _workspace = unsafe { queue(gpu, &mirror.params)? };
     gpu.stream.synchronize()?;
     Ok(())
 }

@@ -45,7 +45,7 @@ pub fn fma_per_second(isa: Isa, team: &Team, threads: usize) -> f64 {
 #[cfg(target_arch = "x86_64")]
 fn turns(isa: Isa, turns: u64) {
     macro_rules! turns {
-        ($($line:literal),+) => {
+        ($($line:expr),+) => {
             // SAFETY: registers only; the vector registers are declared as overwritten; the CPU has the set.
             unsafe {
                 std::arch::asm!("2:", $($line),+, "dec {n}", "jnz 2b", n = inout(reg) turns => _,
@@ -56,61 +56,39 @@ fn turns(isa: Isa, turns: u64) {
             }
         };
     }
+    // Twelve registers, so that no instruction waits for the one before it.
+    macro_rules! on_all {
+        ($line:ident, $width:tt) => {
+            turns!(
+                $line!($width, "0"),
+                $line!($width, "1"),
+                $line!($width, "2"),
+                $line!($width, "3"),
+                $line!($width, "4"),
+                $line!($width, "5"),
+                $line!($width, "6"),
+                $line!($width, "7"),
+                $line!($width, "8"),
+                $line!($width, "9"),
+                $line!($width, "10"),
+                $line!($width, "11")
+            )
+        };
+    }
+    macro_rules! fma {
+        ($width:tt, $at:tt) => {
+            concat!("vfmadd231ps ", $width, "mm", $at, ", ", $width, "mm14, ", $width, "mm15")
+        };
+    }
+    macro_rules! multiply_add {
+        ($width:tt, $at:tt) => {
+            concat!("mulss ", $width, "mm", $at, ", xmm15\naddss ", $width, "mm", $at, ", xmm15")
+        };
+    }
     match isa {
-        Isa::Scalar => turns!(
-            "mulss xmm0, xmm15",
-            "addss xmm1, xmm15",
-            "mulss xmm2, xmm15",
-            "addss xmm3, xmm15",
-            "mulss xmm4, xmm15",
-            "addss xmm5, xmm15",
-            "mulss xmm6, xmm15",
-            "addss xmm7, xmm15",
-            "mulss xmm8, xmm15",
-            "addss xmm9, xmm15",
-            "mulss xmm10, xmm15",
-            "addss xmm11, xmm15",
-            "mulss xmm0, xmm15",
-            "addss xmm1, xmm15",
-            "mulss xmm2, xmm15",
-            "addss xmm3, xmm15",
-            "mulss xmm4, xmm15",
-            "addss xmm5, xmm15",
-            "mulss xmm6, xmm15",
-            "addss xmm7, xmm15",
-            "mulss xmm8, xmm15",
-            "addss xmm9, xmm15",
-            "mulss xmm10, xmm15",
-            "addss xmm11, xmm15"
-        ),
-        Isa::Avx2 => turns!(
-            "vfmadd231ps ymm0, ymm14, ymm15",
-            "vfmadd231ps ymm1, ymm14, ymm15",
-            "vfmadd231ps ymm2, ymm14, ymm15",
-            "vfmadd231ps ymm3, ymm14, ymm15",
-            "vfmadd231ps ymm4, ymm14, ymm15",
-            "vfmadd231ps ymm5, ymm14, ymm15",
-            "vfmadd231ps ymm6, ymm14, ymm15",
-            "vfmadd231ps ymm7, ymm14, ymm15",
-            "vfmadd231ps ymm8, ymm14, ymm15",
-            "vfmadd231ps ymm9, ymm14, ymm15",
-            "vfmadd231ps ymm10, ymm14, ymm15",
-            "vfmadd231ps ymm11, ymm14, ymm15"
-        ),
-        Isa::Avx512 => turns!(
-            "vfmadd231ps zmm0, zmm14, zmm15",
-            "vfmadd231ps zmm1, zmm14, zmm15",
-            "vfmadd231ps zmm2, zmm14, zmm15",
-            "vfmadd231ps zmm3, zmm14, zmm15",
-            "vfmadd231ps zmm4, zmm14, zmm15",
-            "vfmadd231ps zmm5, zmm14, zmm15",
-            "vfmadd231ps zmm6, zmm14, zmm15",
-            "vfmadd231ps zmm7, zmm14, zmm15",
-            "vfmadd231ps zmm8, zmm14, zmm15",
-            "vfmadd231ps zmm9, zmm14, zmm15",
-            "vfmadd231ps zmm10, zmm14, zmm15",
-            "vfmadd231ps zmm11, zmm14, zmm15"
-        ),
+        Isa::Scalar => on_all!(multiply_add, "x"),
+        Isa::Avx2 => on_all!(fma, "y"),
+        Isa::Avx512 => on_all!(fma, "z"),
     }
 }
 

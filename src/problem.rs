@@ -47,10 +47,12 @@ pub(crate) struct Index(View);
 
 impl Index {
     /// The first element.
+    #[cfg(feature = "cuda")]
     pub fn data(&self) -> *mut u8 {
         self.0.data
     }
 
+    #[cfg(feature = "cuda")]
     pub fn dtype(&self) -> Dtype {
         self.0.dtype
     }
@@ -559,6 +561,7 @@ impl Problem {
     }
 
     /// Where every tensor that has elements begins.
+    #[cfg(feature = "cuda")]
     pub(crate) fn addresses(&self) -> impl Iterator<Item = (&'static str, *mut u8)> {
         let view = |name, view: &View| (!view.is_empty()).then_some((name, view.data));
         let state = |name, state: Option<StateView>| state.map(|state| (name, state.data.cast()));

@@ -36,6 +36,11 @@ fn affinity_masks_are_kept() {
 }
 
 #[test]
+fn a_control_group_of_one_cpu_is_kept() {
+    load("group", &[], &[]);
+}
+
+#[test]
 fn small_stacks_suffice() {
     load("stacks", &[24576], &[24576]);
 }
@@ -46,7 +51,6 @@ fn want_of_threads_is_a_status() {
 }
 
 #[test]
-#[ignore = "under an address-space limit rayon now and then aborts on a small allocation (SECURITY.md)"]
 fn want_of_memory_is_a_status() {
     load("no-memory", &[], &[]);
 }

@@ -1,10 +1,10 @@
 //! Running a plan: one part on the caller's thread, or all parts on a pool of ours.
 
-use super::pool::{pool, processors};
-use super::{chunked, kernels, pieces, recurrent};
+use super::{chunked, kernels, pieces, pool, recurrent};
 use crate::error::{Error, Result, Status, ensure};
 use crate::plan::{Plan, SCRATCH_ALIGN};
 use crate::problem::Problem;
+use std::cell::UnsafeCell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -108,29 +108,26 @@ unsafe fn run_sequence(p: &Problem, plan: &Plan, b: usize, pieces: Range<usize>,
 /// As for [`run_part`].
 pub unsafe fn run(problem: &Problem, plan: &Plan, threads: usize) -> Result<()> {
     ensure!(threads <= MAX_THREADS, Threads, "n_threads is {threads}; it must be at most {MAX_THREADS}");
-    let threads = if threads == 0 { processors() } else { threads }.min(plan.tasks()).max(1);
-    let mut scratch = Scratch::new(plan.scratch_size(), threads)?;
-    if threads == 1 {
-        // SAFETY: passed on.
-        return unsafe { run_part(problem, plan, 0, 1, scratch.0.as_mut_slice()) };
-    }
+    let threads = if threads == 0 { pool::processors() } else { threads }.min(plan.tasks()).max(1);
+    let scratch = Scratch::new(plan.scratch_size(), threads)?;
     let results = Mutex::new(Ok(()));
-    pool(threads)?.in_place_scope(|scope| {
-        for (ith, part) in scratch.0.chunks_mut(plan.scratch_size()).enumerate() {
-            let results = &results;
-            scope.spawn(move |_| {
-                // SAFETY: passed on; `chunks_mut` gives each part scratch of its own.
-                if let Err(error) = unsafe { run_part(problem, plan, ith, threads, part) } {
-                    *results.lock().unwrap_or_else(PoisonError::into_inner) = Err(error);
-                }
-            });
+    pool::parts(threads, &|ith| {
+        // SAFETY: passed on; each part runs once and has scratch of its own.
+        if let Err(error) = unsafe { run_part(problem, plan, ith, threads, scratch.part(ith)) } {
+            *results.lock().unwrap_or_else(PoisonError::into_inner) = Err(error);
         }
-    });
+    })?;
     results.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Uninitialised memory for all parts.
-struct Scratch(Vec<MaybeUninit<u8>>);
+struct Scratch {
+    memory: Box<[UnsafeCell<MaybeUninit<u8>>]>,
+    size: usize,
+}
+
+// SAFETY: `part` hands out the bytes, and its callers see to it that nobody has them twice.
+unsafe impl Sync for Scratch {}
 
 impl Scratch {
     fn new(size: usize, parts: usize) -> Result<Scratch> {
@@ -142,6 +139,17 @@ impl Scratch {
         })?;
         // SAFETY: the capacity is there, and uninitialised bytes are valid MaybeUninit.
         unsafe { memory.set_len(total) };
-        Ok(Scratch(memory))
+        Ok(Scratch { memory: memory.into_boxed_slice(), size })
+    }
+
+    /// The scratch of one part.
+    ///
+    /// # Safety
+    /// Nobody else has this part's.
+    #[allow(clippy::mut_from_ref, reason = "each part is handed out once")]
+    unsafe fn part(&self, ith: usize) -> &mut [MaybeUninit<u8>] {
+        let cells = &self.memory[ith * self.size..][..self.size];
+        // SAFETY: cells may be written through shared references, and nobody else has these.
+        unsafe { std::slice::from_raw_parts_mut(UnsafeCell::raw_get(cells.as_ptr()), cells.len()) }
     }
 }

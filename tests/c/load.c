@@ -4,6 +4,7 @@
 #include "deltanet.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <malloc.h>
 #include <pthread.h>
 #include <sched.h>
@@ -15,6 +16,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -37,19 +39,31 @@ extern void *__libc_calloc(size_t, size_t);
 extern void *__libc_realloc(void *, size_t);
 extern void *__libc_memalign(size_t, size_t);
 
-static _Thread_local long calls_until_failure = -1; /* negative: none */
-static _Thread_local bool fails_from_then_on;
-static _Thread_local long failures;
+/* Of all threads together: a pool's threads must stand it, too. */
+static atomic_bool faults;
+static atomic_long calls_until_failure, failures;
+static bool fails_from_then_on;
 
 static bool fails_now(void) {
-    if (calls_until_failure < 0) return false;
-    if (calls_until_failure > 0) {
-        calls_until_failure--;
-        return false;
-    }
-    if (!fails_from_then_on) calls_until_failure = -1;
+    if (!atomic_load(&faults)) return false;
+    long left = atomic_fetch_sub(&calls_until_failure, 1);
+    if (left > 0 || (left < 0 && !fails_from_then_on)) return false;
     failures++;
+    errno = ENOMEM;
     return true;
+}
+
+/* From the `at`th allocation on (0: the next one), that one alone or all. */
+static void begin_faults(long at, bool rest) {
+    fails_from_then_on = rest;
+    failures = 0;
+    calls_until_failure = at;
+    faults = true;
+}
+
+static long end_faults(void) {
+    faults = false;
+    return failures;
 }
 
 void *malloc(size_t n) { return fails_now() ? NULL : __libc_malloc(n); }
@@ -283,7 +297,7 @@ static void test_threads(long count, long seconds) {
         refused += workers[i].refused;
     }
     long left = settled_threads() - 1;
-    /* Four pools are kept, of at most five threads here (or one a processor). */
+    /* Four pools are kept, of at most five threads here (or one a processor); their callers are one of them. */
     long kept = 4 * (sysconf(_SC_NPROCESSORS_ONLN) > 5 ? sysconf(_SC_NPROCESSORS_ONLN) : 5);
     REQUIRE(left <= kept, "%ld threads are left", left);
     REQUIRE(calls > count && refused > 0, "%ld calls, %ld refused", calls, refused);
@@ -386,6 +400,112 @@ static double time_runs(problem *p, uint32_t threads, int count) {
     return best;
 }
 
+/* ---- control groups: the older hierarchy of the cpu controller, or the one of all controllers ---------------------- */
+
+static bool write_text(const char *folder, const char *file, const char *text) {
+    char path[512];
+    snprintf(path, sizeof path, "%s/%s", folder, file);
+    int to = open(path, O_WRONLY | O_CLOEXEC);
+    if (to < 0) return false;
+    bool written = write(to, text, strlen(text)) == (ssize_t) strlen(text);
+    close(to);
+    return written;
+}
+
+/* This process' group in the hierarchy that limits CPU time; `all` tells which it is. */
+static bool cpu_group(char *folder, size_t size, bool *all) {
+    FILE *file = fopen("/proc/self/cgroup", "r");
+    char line[512];
+    bool found = false;
+    while (file && fgets(line, sizeof line, file)) {
+        line[strcspn(line, "\n")] = 0;
+        char *controllers = strchr(line, ':'), *group = controllers ? strchr(controllers + 1, ':') : NULL;
+        if (!group) continue;
+        *group++ = 0;
+        controllers++;
+        if (strcmp(controllers, "cpu") == 0 || strcmp(controllers, "cpu,cpuacct") == 0) {
+            snprintf(folder, size, "/sys/fs/cgroup/%s%s", controllers, group);
+            *all = false;
+            found = true;
+            break;
+        }
+        if (*controllers == 0) {
+            snprintf(folder, size, "/sys/fs/cgroup%s", group);
+            *all = true;
+            found = access(folder, X_OK) == 0;
+        }
+    }
+    if (file) fclose(file);
+    return found;
+}
+
+/* Whole CPUs of this very group, 0 for no limit that can be seen. */
+static long cpu_limit(void) {
+    char folder[512], path[600];
+    bool all;
+    double quota = -1, period = 1;
+    if (!cpu_group(folder, sizeof folder, &all)) return 0;
+    snprintf(path, sizeof path, "%s/%s", folder, all ? "cpu.max" : "cpu.cfs_quota_us");
+    FILE *file = fopen(path, "r");
+    if (file && fscanf(file, all ? "%lf %lf" : "%lf", &quota, &period) < 1) quota = -1;
+    if (file) fclose(file);
+    snprintf(path, sizeof path, "%s/cpu.cfs_period_us", folder);
+    file = all ? NULL : fopen(path, "r");
+    if (file && fscanf(file, "%lf", &period) < 1) quota = -1;
+    if (file) fclose(file);
+    return quota <= 0 || period <= 0 ? 0 : quota < period ? 1 : (long) (quota / period);
+}
+
+static double time_runs(problem *p, uint32_t threads, int count);
+
+static void in_group(const char *folder) {
+    char own[32];
+    snprintf(own, sizeof own, "%d", (int) getpid());
+    REQUIRE(write_text(folder, "cgroup.procs", own), "the group does not take us: %s", strerror(errno));
+    problem p = make(64, 2, 8, 40, 2, 1);
+    long before = status_of("Threads");
+    run(&p, 0);
+    REQUIRE(status_of("Threads") == before, "a limit of one CPU got %ld threads more", status_of("Threads") - before);
+    double start = now(), alone = time_runs(&p, 1, 200), crowded = time_runs(&p, 8, 200);
+    for (int i = 0; i < 400; i++) run(&p, (uint32_t) (i % 9));
+    printf("control group with 1 CPU: no pool for n_threads 0; 8 threads take %.2f times one thread's time; %d runs in %.1f s\n",
+           crowded / alone, 802, now() - start);
+    fflush(stdout);
+}
+
+static void expect_child(pid_t child, const char *what);
+
+static void test_group(void) {
+    char above[480] = "", folder[512];
+    bool all = false, made = cpu_group(above, sizeof above, &all);
+    snprintf(folder, sizeof folder, "%s/deltanet-load-%d", above, (int) getpid());
+    made = made && mkdir(folder, 0700) == 0;
+    bool limited = made && (all ? write_text(folder, "cpu.max", "100000 100000")
+                                : write_text(folder, "cpu.cfs_period_us", "100000") && write_text(folder, "cpu.cfs_quota_us", "100000"));
+    if (!limited) {
+        printf("SKIPPED: no control group can be made here (%s: %s)\n", made ? "no cpu controller" : above, strerror(errno));
+        if (made) rmdir(folder);
+        return;
+    }
+    pid_t child = fork();
+    REQUIRE(child >= 0, "fork");
+    if (child == 0) {
+        alarm(120);
+        in_group(folder);
+        _exit(0);
+    }
+    int status;
+    REQUIRE(waitpid(child, &status, 0) == child, "waitpid");
+    for (int i = 0; i < 50 && rmdir(folder) != 0; i++) usleep(20000);
+    REQUIRE(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the child in the group ended with %#x", (unsigned) status);
+}
+
+/* What n_threads 0 should mean where no control group has a limit; else what it may mean. */
+static long one_per_processor(const cpu_set_t *mask) {
+    long count = CPU_COUNT(mask), limit = cpu_limit();
+    return limit > 0 && limit < count ? limit : count;
+}
+
 static void test_affinity(void) {
     problem p = make(64, 2, 8, 40, 2, 1);
     cpu_set_t all, one;
@@ -400,9 +520,10 @@ static void test_affinity(void) {
     REQUIRE(status_of("Threads") == before, "a mask of one CPU got a pool of %ld threads", status_of("Threads") - before);
     double alone = time_runs(&p, 1, 20), crowded = time_runs(&p, 8, 20);
     REQUIRE(sched_setaffinity(0, sizeof all, &all) == 0, "the mask cannot be set back");
+    /* The caller is one of a pool's threads. Of eight, seven are there. */
     run(&p, 0);
-    long threads = status_of("Threads") - before - 8;
-    REQUIRE(threads == (CPU_COUNT(&all) > 1 ? CPU_COUNT(&all) : 0), "%d CPUs got %ld threads", CPU_COUNT(&all), threads);
+    long threads = status_of("Threads") - before - 7 + 1, limit = one_per_processor(&all);
+    REQUIRE(threads == limit, "%d CPUs, limit %ld: %ld threads", CPU_COUNT(&all), limit, threads);
     printf("mask of 1 CPU: no pool for n_threads 0; 8 threads on it take %.2f times one thread's time; mask of %d: %ld threads\n",
            crowded / alone, CPU_COUNT(&all), threads);
     REQUIRE(crowded < 5 * alone, "8 threads on one CPU");
@@ -499,7 +620,7 @@ static void test_no_memory(void) {
     limit = before;
     limit.rlim_cur = (rlim_t) status_of("VmSize") * 1024 + (1 << 20);
     REQUIRE(setrlimit(RLIMIT_AS, &limit) == 0, "setrlimit");
-    /* A thread's stack is 2 MiB. */
+    /* A thread's stack is 1 MiB, and its guard page comes on top. */
     poison(&p);
     REQUIRE(deltanet_run(&p.params, 4) == DELTANET_STATUS_OUT_OF_MEMORY, "a pool without memory");
     REQUIRE(is_poison(&p), "a refused run wrote something");
@@ -538,43 +659,88 @@ static void test_no_memory(void) {
 }
 
 #ifndef WITHOUT_FAULTS
-/* Fails each allocation that a call makes on its thread, one after the other: first alone, then with all that follow. */
-static long fail_each(problem *p, uint32_t threads, deltanet_params *params) {
-    long at = 0;
+/* Fails each allocation that a call makes, its pool's threads included, one after the other: first alone, then with all
+ * that follow. Returns how many there are. */
+static long fail_each(problem *p, uint32_t (*threads)(void), deltanet_params *params) {
+    long at = 0, most = 0;
     for (int rest = 0; rest < 2; rest++) {
         for (at = 0;; at++) {
             poison(p);
-            failures = 0;
-            fails_from_then_on = rest;
-            calls_until_failure = at;
-            deltanet_status status = deltanet_run(params, threads);
-            calls_until_failure = -1;
+            uint32_t n = threads();
+            begin_faults(at, rest);
+            deltanet_status status = deltanet_run(params, n);
+            long failed = end_faults();
+            REQUIRE(status == DELTANET_STATUS_OK || status == DELTANET_STATUS_OUT_OF_MEMORY || params != &p->params,
+                    "status %u where allocation %ld fails", status, at);
             REQUIRE(status != DELTANET_STATUS_INTERNAL, "a panic");
-            if (failures == 0) break;
             if (status == DELTANET_STATUS_OK) REQUIRE(is_expected(p), "wrong bits");
             else REQUIRE(is_poison(p), "a refused run wrote something");
+            if (failed == 0) break;
         }
+        most = at > most ? at : most;
     }
-    return at;
+    return most;
+}
+
+static uint32_t one_thread(void) { return 1; }
+static uint32_t three_threads(void) { return 3; }
+
+/* More sizes than are kept, in turn: each makes a pool. */
+static uint32_t new_threads(void) {
+    static uint32_t next;
+    return 2 + next++ % 6;
+}
+
+/* The same for the very first call of a process, which each child makes anew. */
+static long fail_each_first_call(problem *p, uint32_t threads) {
+    long at = 0;
+    for (bool failed = true; failed; at++) {
+        REQUIRE(at < 1000, "the first call never succeeds");
+        pid_t child = fork();
+        REQUIRE(child >= 0, "fork");
+        if (child == 0) {
+            alarm(60);
+            poison(p);
+            begin_faults(at, true);
+            deltanet_status status = deltanet_run(&p->params, threads);
+            long count = end_faults();
+            REQUIRE(status == (count ? DELTANET_STATUS_OUT_OF_MEMORY : DELTANET_STATUS_OK), "a first call: %u", status);
+            REQUIRE(count ? is_poison(p) : is_expected(p), "a first call's outputs");
+            run(p, threads);
+            _exit(count ? 3 : 0);
+        }
+        int status;
+        REQUIRE(waitpid(child, &status, 0) == child, "waitpid");
+        REQUIRE(WIFEXITED(status) && WEXITSTATUS(status) % 3 == 0, "allocation %ld: the child ended with %#x", at, (unsigned) status);
+        failed = WEXITSTATUS(status) == 3;
+    }
+    return at - 1;
 }
 
 static void test_faults(void) {
     problem p = make(64, 2, 8, 40, 2, 1);
-    long run_alone = fail_each(&p, 1, &p.params);
+    long first = fail_each_first_call(&p, 3), first_of_all = fail_each_first_call(&p, 0);
+    run(&p, 3);
+    long alone = fail_each(&p, one_thread, &p.params), pooled = fail_each(&p, three_threads, &p.params);
+    long fresh = 0;
+    for (int i = 0; i < 20; i++) {
+        long count = fail_each(&p, new_threads, &p.params);
+        fresh = count > fresh ? count : fresh;
+    }
     deltanet_params wrong = p.params;
     wrong.out.nb[1] = 4;
-    long refusal = fail_each(&p, 1, &wrong);
+    long refusal = fail_each(&p, one_thread, &wrong);
     size_t size;
     void *scratch = scratch_for(&p, &size);
-    failures = 0;
-    fails_from_then_on = true;
-    calls_until_failure = 0;
+    begin_faults(0, true);
     deltanet_status part = deltanet_run_part(&p.params, 0, 1, scratch, size);
     deltanet_status asked = deltanet_supports(&p.params);
-    calls_until_failure = -1;
-    REQUIRE(part == DELTANET_STATUS_OK && asked == DELTANET_STATUS_OK && failures == 0, "run_part or supports allocates");
-    printf("each allocation failed in turn: %ld of a run on one thread, %ld of a refusal; run_part and supports make none\n",
-           run_alone, refusal);
+    long failed = end_faults();
+    REQUIRE(part == DELTANET_STATUS_OK && asked == DELTANET_STATUS_OK && failed == 0, "run_part or supports allocates");
+    printf("each allocation failed in turn, alone and with all that follow: %ld of a run on one thread, %ld on a pool that is "
+           "there, up to %ld with a new pool of 2 to 7 threads, %ld of a process' first call on 3 threads and %ld on one a "
+           "processor, %ld of a refusal; run_part and supports make none\n",
+           alone, pooled, fresh, first, first_of_all, refusal);
     free(scratch);
 }
 #endif
@@ -588,6 +754,7 @@ static void test_denormals(void) {
         double a = time_runs(&normal, 1, 60), b = time_runs(&tiny, 1, 60);
         double ratio = time_runs(&tiny, 1, 60) / time_runs(&normal, 1, 60);
         ratio = b / a < ratio ? b / a : ratio;
+        REQUIRE(ratio <= 2, "denormals take %.2f times as long", ratio);
         printf("S %ld, T %ld: denormal state and values take %.2f times as long\n", (long) n[0], (long) n[2 + 1], ratio);
         release(&normal);
         release(&tiny);
@@ -601,6 +768,7 @@ int main(int count, char **words) {
     else if (strcmp(test, "cycles") == 0) test_cycles(first);
     else if (strcmp(test, "fork") == 0) test_fork(first);
     else if (strcmp(test, "affinity") == 0) test_affinity();
+    else if (strcmp(test, "group") == 0) test_group();
     else if (strcmp(test, "stacks") == 0) test_stacks((size_t) first);
     else if (strcmp(test, "no-threads") == 0) test_no_threads();
     else if (strcmp(test, "no-memory") == 0) test_no_memory();
@@ -609,7 +777,7 @@ int main(int count, char **words) {
 #endif
     else if (strcmp(test, "denormals") == 0) test_denormals();
     else {
-        fprintf(stderr, "load threads N SECONDS | cycles N | fork N | affinity | stacks BYTES | no-threads | no-memory | faults | "
+        fprintf(stderr, "load threads N SECONDS | cycles N | fork N | affinity | group | stacks BYTES | no-threads | no-memory | faults | "
                         "denormals\n");
         return 2;
     }

@@ -368,6 +368,14 @@ deltanet_status deltanet_cuda_prepare(void);
 /// `params` is null or points to a struct as large as its `struct_size` says; `size` is null (an error) or writable.
 deltanet_status deltanet_cuda_workspace_size(const struct deltanet_params *params, size_t *size);
 
+/// Says in words which kernels, precision and workspace a CUDA call gets. Writes at most `size` bytes to `text`, the
+/// terminating zero included; cuts what does not fit. Needs no driver and no context. Any thread.
+///
+/// # Safety
+/// `params` is null or points to a struct as large as its `struct_size` says; `text` is null (an error) or holds `size`
+/// writable bytes.
+deltanet_status deltanet_cuda_describe(const struct deltanet_params *params, char *text, size_t size);
+
 /// Computes the operator on a CUDA stream: `stream` is a `CUstream` or `cudaStream_t` of this thread's current context,
 /// or null for the default stream. All tensors, index tensors too, are in memory of that context's device. Returns when
 /// the work is queued; allocates nothing, waits for nothing, and may be captured into a graph. Device memory cannot be

@@ -1,6 +1,6 @@
 //! Running on the CPU.
 
-use super::guard;
+use super::{guard, message};
 use crate::cpu::{self, Isa};
 use crate::error::{Result, Status, ensure};
 use crate::params::Params;
@@ -109,17 +109,9 @@ pub unsafe extern "C" fn deltanet_run_part(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn deltanet_describe(params: *const Params, text: *mut c_char, size: usize) -> Status {
     guard(|| {
-        ensure!(!text.is_null(), NullPointer, "text is null; it must point to a buffer");
-        ensure!(size > 0, Scratch, "size is 0; it must be at least 1 for the terminating zero");
         // SAFETY: passed on.
         let (_, plan) = unsafe { plan(params)? };
-        let words = plan.to_string();
-        let kept = words.len().min(size - 1);
-        // SAFETY: kept + 1 <= size bytes are writable, as the caller promises.
-        unsafe {
-            std::ptr::copy_nonoverlapping(words.as_ptr(), text.cast(), kept);
-            text.add(kept).write(0);
-        }
-        Ok(())
+        // SAFETY: passed on.
+        unsafe { message::put(&plan.to_string(), text, size) }
     })
 }

@@ -1,11 +1,11 @@
 //! Running on a CUDA stream.
 
-use super::guard;
+use super::{guard, message};
 use crate::cuda;
 use crate::error::{Result, Status, ensure};
 use crate::params::Params;
 use crate::problem::{Place, Problem};
-use std::ffi::c_void;
+use std::ffi::{c_char, c_void};
 
 /// # Safety
 /// `params` is null or points to a struct as large as its `struct_size` says.
@@ -40,6 +40,18 @@ pub unsafe extern "C" fn deltanet_cuda_workspace_size(params: *const Params, siz
     })
 }
 
+/// Says in words which kernels, precision and workspace a CUDA call gets. Writes at most `size` bytes to `text`, the
+/// terminating zero included; cuts what does not fit. Needs no driver and no context. Any thread.
+///
+/// # Safety
+/// `params` is null or points to a struct as large as its `struct_size` says; `text` is null (an error) or holds `size`
+/// writable bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn deltanet_cuda_describe(params: *const Params, text: *mut c_char, size: usize) -> Status {
+    // SAFETY: passed on.
+    guard(|| unsafe { message::put(&cuda::describe(&problem(params)?)?, text, size) })
+}
+
 /// Computes the operator on a CUDA stream: `stream` is a `CUstream` or `cudaStream_t` of this thread's current context,
 /// or null for the default stream. All tensors, index tensors too, are in memory of that context's device. Returns when
 /// the work is queued; allocates nothing, waits for nothing, and may be captured into a graph. Device memory cannot be
@@ -60,4 +72,61 @@ pub unsafe extern "C" fn deltanet_cuda_run(
 ) -> Status {
     // SAFETY: passed on.
     guard(|| unsafe { cuda::run(&problem(params)?, workspace, workspace_size, stream) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capi::deltanet_last_error;
+    use crate::params::Precision;
+    use crate::tensor::{Dtype, Tensor};
+    use std::ffi::CStr;
+
+    /// Arguments at addresses that nobody reads: four heads of 128 channels.
+    fn params(tokens: i64) -> Params {
+        let mut address = 1usize << 40;
+        let mut tensor = |ne: [i64; 4]| {
+            address += 1 << 32;
+            Tensor::dense(address as *mut c_void, Dtype::F32, ne)
+        };
+        Params {
+            q: tensor([128, 2, tokens, 1]),
+            k: tensor([128, 2, tokens, 1]),
+            v: tensor([128, 4, tokens, 1]),
+            g: tensor([1, 4, tokens, 1]),
+            beta: tensor([1, 4, tokens, 1]),
+            state_in: tensor([128, 128, 4, 1]),
+            state_out: tensor([128, 128, 4, 1]),
+            out: tensor([128, 4, tokens, 1]),
+            ..Params::default()
+        }
+    }
+
+    fn words(params: &Params, size: usize) -> std::result::Result<String, String> {
+        let mut text = vec![0x55 as c_char; 512];
+        // SAFETY: the text has room, and both strings end.
+        let (status, said, error) = unsafe {
+            let status = deltanet_cuda_describe(params, text.as_mut_ptr(), size);
+            let error = CStr::from_ptr(deltanet_last_error()).to_string_lossy().into_owned();
+            (status, text[..].iter().take_while(|c| **c != 0).map(|c| *c as u8 as char).collect::<String>(), error)
+        };
+        if status == Status::Ok { Ok(said) } else { Err(error) }
+    }
+
+    #[test]
+    fn kernels_and_precision_are_named() {
+        let Ok(one) = words(&params(1), 512) else {
+            assert!(words(&params(1), 512).is_err_and(|error| error.contains("nvcc") || error.contains("feature")));
+            println!("SKIPPED: this build has no CUDA kernels");
+            return;
+        };
+        assert!(one.starts_with("token-serial kernel dn_") && one.contains("threads"), "{one}");
+        let prompt = words(&params(4096), 512).expect("a long prompt");
+        assert!(prompt.starts_with("chunked kernels, precision exact") && prompt.contains("workspace"), "{prompt}");
+        let fast = Params { precision: Precision::Bf16 as u32, ..params(4096) };
+        assert!(words(&fast, 512).is_ok_and(|words| words.contains("precision bf16")));
+        assert_eq!(words(&params(4096), 8).as_deref(), Ok("chunked"), "cut, and ended");
+        assert!(words(&params(4096), 0).is_err_and(|error| error.contains("size is 0")));
+        assert!(words(&Params { v: params(2).v, ..params(1) }, 512).is_err());
+    }
 }

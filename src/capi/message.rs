@@ -1,6 +1,6 @@
 //! What a program can ask without a problem at hand: version, status names, the last error's words.
 
-use crate::error::{Error, Status};
+use crate::error::{Error, Result, Status, ensure};
 use std::cell::RefCell;
 use std::ffi::c_char;
 use std::fmt::Write;
@@ -39,6 +39,22 @@ pub(crate) fn remember(error: &Error) {
         let mut writer = Writer { message: &mut last.borrow_mut(), length: 0 };
         let _ = write!(writer, "deltanet: {error}");
     });
+}
+
+/// Writes words to a caller's buffer as a C string, cut where they do not fit.
+///
+/// # Safety
+/// `text` is null (an error) or holds `size` writable bytes.
+pub(crate) unsafe fn put(words: &str, text: *mut c_char, size: usize) -> Result<()> {
+    ensure!(!text.is_null(), NullPointer, "text is null; it must point to a buffer");
+    ensure!(size > 0, Scratch, "size is 0; it must be at least 1 for the terminating zero");
+    let kept = words.len().min(size - 1);
+    // SAFETY: kept + 1 <= size bytes are writable, as the caller promises.
+    unsafe {
+        std::ptr::copy_nonoverlapping(words.as_ptr(), text.cast(), kept);
+        text.add(kept).write(0);
+    }
+    Ok(())
 }
 
 /// The message of this thread's last call that did not return `DELTANET_STATUS_OK`, empty before one. It names the

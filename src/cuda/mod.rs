@@ -22,7 +22,7 @@ mod plan;
 mod run;
 
 #[cfg(feature = "cuda")]
-pub use run::{Device, device, prepare, run, workspace_size};
+pub use run::{Device, describe, device, prepare, run, workspace_size};
 
 #[cfg(not(feature = "cuda"))]
 mod absent {
@@ -39,6 +39,10 @@ mod absent {
     }
     /// Answers that there is no CUDA.
     pub fn workspace_size(_: &Problem) -> Result<usize> {
+        absent()
+    }
+    /// Answers that there is no CUDA.
+    pub fn describe(_: &Problem) -> Result<String> {
         absent()
     }
     /// Answers that there is no CUDA.

@@ -3,8 +3,9 @@
 use super::abi::DnProblem;
 use super::driver::{CUdevice, driver};
 use super::modules::{self, FIRST_CHUNKED, Prepared};
-use super::plan::{Launch, Plan, value_contiguous};
+use super::plan::{Launch, Plan, SHAPES, value_contiguous};
 use crate::error::{Result, ensure};
+use crate::params::Precision;
 use crate::problem::Problem;
 use cudarc::driver::sys::{self, CUmemorytype_enum as MemoryType, CUpointer_attribute_enum as Pointer};
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -18,6 +19,25 @@ pub fn prepare() -> Result<()> {
 pub fn workspace_size(problem: &Problem) -> Result<usize> {
     modules::built()?;
     Ok(Plan::new(problem)?.workspace)
+}
+
+/// Says in words which kernels `problem` gets. Needs no driver and no context.
+pub fn describe(problem: &Problem) -> Result<String> {
+    modules::built()?;
+    let plan = Plan::new(problem)?;
+    let Some(launch) = plan.launch else { return Ok("nothing to compute".into()) };
+    let ([x, y, z], threads, workspace) = (launch.grid, launch.threads, plan.workspace);
+    let name = SHAPES[launch.function].name.to_string_lossy();
+    let serial = format!("token-serial kernel {name}, {x} x {y} x {z} blocks of {threads} threads");
+    let Some(chunked) = plan.chunked else { return Ok(serial) };
+    let precision = match problem.precision() {
+        Precision::Exact => "exact (three bf16 products for one of f32 values)",
+        Precision::Tf32 => "tf32 (computed as exact)",
+        Precision::Bf16 => "bf16",
+    };
+    let tail = chunked.tail;
+    let rest = if tail > 0 { format!(", the last {tail} tokens by the {serial}") } else { String::new() };
+    Ok(format!("chunked kernels, precision {precision}{rest}, {workspace} bytes of workspace; before sm_80: {serial}"))
 }
 
 /// Runs a problem in device memory on `stream` (null: the default one) of the current context, which must have been

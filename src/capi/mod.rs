@@ -47,7 +47,8 @@ mod tests {
     #[test]
     fn a_panic_in_a_pool_thread_becomes_a_status() {
         let status = guard(|| {
-            crate::cpu::pool::parts(2, &|part| assert!(part == 0, "in a worker"))?;
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("two threads");
+            pool.scope(|scope| scope.spawn(|_| panic!("in a worker")));
             Ok(())
         });
         assert_eq!(status, Status::Internal);

@@ -10,7 +10,6 @@ mod isa;
 mod kernels;
 pub(crate) mod pieces;
 pub(crate) mod pool;
-mod processors;
 pub(crate) mod recurrent;
 mod rows;
 mod run;

@@ -1,10 +1,10 @@
 //! Running a plan: one part on the caller's thread, or all parts on a pool of ours.
 
-use super::{chunked, kernels, pieces, pool, recurrent};
+use super::pool::{pool, processors};
+use super::{chunked, kernels, pieces, recurrent};
 use crate::error::{Error, Result, Status, ensure};
 use crate::plan::{Plan, SCRATCH_ALIGN};
 use crate::problem::Problem;
-use std::cell::UnsafeCell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -101,33 +101,40 @@ unsafe fn run_sequence(p: &Problem, plan: &Plan, b: usize, pieces: Range<usize>,
     }
 }
 
-/// Runs the whole problem on a pool of `threads` threads of our own (0: as many as there are processors), or on this
-/// thread alone for 1. Pools are kept for later calls.
+/// Runs the whole problem on this thread and `threads` less one of a pool of our own (0: as many as there are
+/// processors). Pools are kept for later calls.
 ///
 /// # Safety
 /// As for [`run_part`].
 pub unsafe fn run(problem: &Problem, plan: &Plan, threads: usize) -> Result<()> {
     ensure!(threads <= MAX_THREADS, Threads, "n_threads is {threads}; it must be at most {MAX_THREADS}");
-    let threads = if threads == 0 { pool::processors() } else { threads }.min(plan.tasks()).max(1);
-    let scratch = Scratch::new(plan.scratch_size(), threads)?;
+    let threads = if threads == 0 { processors() } else { threads }.min(plan.tasks()).max(1);
+    let mut scratch = Scratch::new(plan.scratch_size(), threads)?;
+    if threads == 1 {
+        // SAFETY: passed on.
+        return unsafe { run_part(problem, plan, 0, 1, scratch.0.as_mut_slice()) };
+    }
     let results = Mutex::new(Ok(()));
-    pool::parts(threads, &|ith| {
-        // SAFETY: passed on; each part runs once and has scratch of its own.
-        if let Err(error) = unsafe { run_part(problem, plan, ith, threads, scratch.part(ith)) } {
+    let run_part = |ith: usize, part: &mut [MaybeUninit<u8>]| {
+        // SAFETY: passed on; each part has scratch of its own.
+        if let Err(error) = unsafe { run_part(problem, plan, ith, threads, part) } {
             *results.lock().unwrap_or_else(PoisonError::into_inner) = Err(error);
         }
-    })?;
+    };
+    let (own, others) = scratch.0.split_at_mut(plan.scratch_size());
+    // The calling thread takes a part, too: it has nothing better to do, and is awake.
+    pool(threads - 1)?.in_place_scope(|scope| {
+        for (at, part) in others.chunks_mut(plan.scratch_size()).enumerate() {
+            let run_part = &run_part;
+            scope.spawn(move |_| run_part(at + 1, part));
+        }
+        run_part(0, own);
+    });
     results.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Uninitialised memory for all parts.
-struct Scratch {
-    memory: Box<[UnsafeCell<MaybeUninit<u8>>]>,
-    size: usize,
-}
-
-// SAFETY: `part` hands out the bytes, and its callers see to it that nobody has them twice.
-unsafe impl Sync for Scratch {}
+struct Scratch(Vec<MaybeUninit<u8>>);
 
 impl Scratch {
     fn new(size: usize, parts: usize) -> Result<Scratch> {
@@ -139,17 +146,6 @@ impl Scratch {
         })?;
         // SAFETY: the capacity is there, and uninitialised bytes are valid MaybeUninit.
         unsafe { memory.set_len(total) };
-        Ok(Scratch { memory: memory.into_boxed_slice(), size })
-    }
-
-    /// The scratch of one part.
-    ///
-    /// # Safety
-    /// Nobody else has this part's.
-    #[allow(clippy::mut_from_ref, reason = "each part is handed out once")]
-    unsafe fn part(&self, ith: usize) -> &mut [MaybeUninit<u8>] {
-        let cells = &self.memory[ith * self.size..][..self.size];
-        // SAFETY: cells may be written through shared references, and nobody else has these.
-        unsafe { std::slice::from_raw_parts_mut(UnsafeCell::raw_get(cells.as_ptr()), cells.len()) }
+        Ok(Scratch(memory))
     }
 }

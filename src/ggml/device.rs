@@ -11,6 +11,7 @@ use crate::error::{Error, Result, Status};
 use crate::log::{self, Level};
 use crate::params::Params;
 use crate::plan::Plan;
+use rayon::prelude::*;
 use std::ffi::{c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -202,22 +203,20 @@ unsafe fn compute_node(ops: &Ops, node: *mut Tensor, threads: usize) -> Result<(
     let rows = unsafe { l2_norm_rows(tensor) }.filter(|_| tensor.op == ops.l2_norm);
     let rows = rows.ok_or_else(|| Error::new(Status::Unsupported, format!("operation {} is not ours", tensor.op)))?;
     let epsilon = f32::from_bits(tensor.op_params[0] as u32);
-    let parts = if threads == 0 { pool::processors() } else { threads.min(cpu::MAX_THREADS) }.min(rows.len()).max(1);
-    let each = rows.len().div_ceil(parts).max(1);
-    pool::parts(parts, &|part| {
-        for row in rows.chunks(each).nth(part).unwrap_or_default() {
-            // SAFETY: rows of the node and of its source, which do not overlap other rows; `length` floats each.
-            let (from, to) = unsafe {
-                (
-                    std::slice::from_raw_parts(row.from as *const f32, row.length),
-                    std::slice::from_raw_parts_mut(row.to as *mut f32, row.length),
-                )
-            };
-            let norm = from.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt() as f32;
-            let factor = 1.0 / norm.max(epsilon);
-            to.iter_mut().zip(from).for_each(|(to, from)| *to = from * factor);
-        }
-    })?;
+    let threads = if threads == 0 { pool::processors() } else { threads.min(cpu::MAX_THREADS) };
+    let normalise = |row: &Row| {
+        // SAFETY: rows of the node and of its source, which do not overlap other rows; `length` floats each.
+        let (from, to) = unsafe {
+            (
+                std::slice::from_raw_parts(row.from as *const f32, row.length),
+                std::slice::from_raw_parts_mut(row.to as *mut f32, row.length),
+            )
+        };
+        let norm = from.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt() as f32;
+        let factor = 1.0 / norm.max(epsilon);
+        to.iter_mut().zip(from).for_each(|(to, from)| *to = from * factor);
+    };
+    pool::pool(threads)?.install(|| rows.par_iter().for_each(normalise));
     Ok(())
 }
 

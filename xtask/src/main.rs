@@ -8,6 +8,7 @@ mod demo;
 mod dist;
 mod docs;
 mod fuzz;
+mod ggml_cuda;
 mod gpu;
 mod hosts;
 mod ik;
@@ -21,6 +22,7 @@ mod test;
 
 use anyhow::Result;
 use clap::Parser;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// The project's own tasks.
@@ -51,6 +53,12 @@ enum Task {
     Nvcc,
     /// Make target/gpu: what a GPU machine without cargo needs to check and time the CUDA kernels.
     Gpu,
+    /// Make target/ggml-cuda: what a GPU machine without cargo needs to compare llama.cpp with and without the drop-in.
+    GgmlCuda {
+        /// Compile the drop-ins with nvcc against ggml-cuda's headers instead; needs no GPU.
+        #[arg(long)]
+        check: bool,
+    },
     /// Run ik_llama.cpp's released wheel with and without our library, and compare.
     Ik {
         /// Measure whole-model speed instead.
@@ -74,6 +82,9 @@ enum Task {
     /// Drive one llama.cpp in this process, for `hosts`.
     #[command(hide = true)]
     Host(hosts::Drive),
+    /// Write one of the random-weight models to a file, for `ggml-cuda`.
+    #[command(hide = true)]
+    Model { name: String, path: PathBuf },
     /// Fuzz the C interface and the readers of other people's data.
     Fuzz(fuzz::Options),
     /// Run tests under AddressSanitizer, ThreadSanitizer, valgrind and Miri.
@@ -97,6 +108,9 @@ fn run(task: Task) -> Result<()> {
         Task::Demo => demo::run_demo(),
         Task::Test => test::run_all(),
         Task::Gpu => gpu::pack(),
+        Task::GgmlCuda { check: true } => ggml_cuda::check(),
+        Task::GgmlCuda { check: false } => ggml_cuda::pack(),
+        Task::Model { name, path } => hosts::write_model(&name, &path),
         Task::Nvcc => nvcc::fetch().map(|nvcc| println!("{}", nvcc.display())),
         Task::Ik { speed: true, threads, rounds } => ik::speed(threads, rounds),
         Task::Ik { .. } => ik::check(),

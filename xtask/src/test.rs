@@ -1,7 +1,7 @@
 //! `cargo xtask test`: set-up, then every check that guards main.
 
 use crate::command::{cargo, has, run};
-use crate::{cache, consumers, dist, docs, ik, nvcc};
+use crate::{cache, consumers, dist, docs, ggml_cuda, ik, nvcc};
 use anyhow::Result;
 use std::path::PathBuf;
 use std::process::Command;
@@ -16,6 +16,8 @@ pub fn run_all() -> Result<()> {
     step("build", cargo().args(["build", "--workspace", "--release"]))?;
     // A test whose peer is missing skips itself, unless it is told that all of them are there.
     let peers = [("DELTANET_REQUIRE_PEERS", PathBuf::from("1")), ("DELTANET_IK", ik::fetch(&cache::root()?)?)];
+    println!("== ggml-cuda drop-ins");
+    ggml_cuda::check()?;
     step("tests", cargo().args(["test", "--workspace", "--release"]).envs(peers))?;
     println!("== ik_llama.cpp");
     ik::check()?;

@@ -57,6 +57,8 @@ pub const HOSTS: [Host; 4] = [
 const CRATE: &str = "llama-cpp-sys-2";
 const CRATE_VERSION: &str = "0.1.161";
 const CRATE_SHA256: &str = "e9bea77fde41bbc15a278891cd5edd2ba07c5260d162614b41080ba1f100b39b";
+/// The crate's sources in words.
+pub const CRATE_ABOUT: &str = "llama.cpp v0.6.0, ggml 0.26.0, of the crate llama-cpp-sys-2 0.1.161";
 const NODE_LLAMA_CPP: &str = "3.22.1";
 const CMAKE: &str = "cmake==4.4.4";
 const NINJA: &str = "ninja==1.13.2";

@@ -12,7 +12,7 @@ mod model;
 mod speed;
 
 pub use driver::Drive;
-pub use fetch::model;
+pub use fetch::{CRATE_ABOUT, crate_sources, model};
 pub use model::Model;
 pub use speed::run_speed;
 
@@ -28,6 +28,11 @@ const LOGITS_BOUND: f64 = 1e-8;
 
 /// Largest NMSE of a single operator's results.
 const GRAPH_BOUND: f64 = 1e-11;
+
+/// Writes the model of this name.
+pub fn write_model(name: &str, path: &Path) -> Result<()> {
+    Model::named(name)?.write(path)
+}
 
 /// The library under test, built as it is shipped.
 fn plugin() -> Result<PathBuf> {

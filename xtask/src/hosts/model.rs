@@ -2,7 +2,7 @@
 //! head) and Kimi-Linear (one a key channel). Small ones with f32 weights serve to compare tokens and logits; engines
 //! round activations for Q8_0 products, so models of that type serve for speed alone.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use half::f16;
 use std::io::{BufWriter, Seek, Write};
 use std::path::Path;
@@ -18,11 +18,21 @@ pub enum Model {
     KimiLinear,
     /// Qwen3.5 of the 0.8b shape, Q8_0.
     Speed,
+    /// Eight layers of Qwen3.5's 4b shape, Q8_0.
+    Wide,
 }
 
 impl Model {
     /// The small ones.
     pub const TINY: [Model; 3] = [Model::Qwen35, Model::Qwen3Next, Model::KimiLinear];
+    /// Those for speed.
+    const FAST: [Model; 2] = [Model::Speed, Model::Wide];
+
+    /// The model of this name.
+    pub fn named(name: &str) -> Result<Model> {
+        let mut all = Model::TINY.into_iter().chain(Model::FAST);
+        all.find(|model| model.name() == name).with_context(|| format!("there is no model {name}"))
+    }
 
     /// Name of the file without its ending. The number changes with what this file writes.
     pub fn name(self) -> &'static str {
@@ -31,6 +41,7 @@ impl Model {
             Model::Qwen3Next => "qwen3next-tiny-1",
             Model::KimiLinear => "kimi-linear-tiny-1",
             Model::Speed => "qwen35-0.8b-1",
+            Model::Wide => "qwen35-4b8l-1",
         }
     }
 
@@ -41,8 +52,9 @@ impl Model {
             Model::Qwen3Next => qwen(true, &TINY),
             Model::KimiLinear => kimi(),
             Model::Speed => qwen(false, &SPEED),
+            Model::Wide => qwen(false, &WIDE),
         };
-        file.quantized = self == Model::Speed;
+        file.quantized = Model::FAST.contains(&self);
         file.write(path)
     }
 }
@@ -87,6 +99,16 @@ const SPEED: Size = Size {
     attention_kv_heads: 2,
     attention_head_size: 256,
     rope_sections: [11, 11, 10, 0],
+};
+
+const WIDE: Size = Size {
+    embedding: 2560,
+    layers: 8,
+    feed_forward: 9216,
+    value_heads: 32,
+    attention_heads: 16,
+    attention_kv_heads: 4,
+    ..SPEED
 };
 
 const CONVOLUTION: usize = 4;

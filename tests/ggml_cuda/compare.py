@@ -137,9 +137,11 @@ class Comparison:
                              timeout=timeout, env=self.environment(tree, **more))
         line = next((line for line in out.splitlines() if line.startswith("{")), "{}")
         try:
-            return code, json.loads(line)
+            seen = json.loads(line)
         except json.JSONDecodeError:
             return code or 1, {}
+        self.check(seen.get("backend", "").startswith(str(self.work / tree)), f"{name}: the backend of {tree} is loaded")
+        return code, seen
 
     def greedy(self):
         self.json["greedy"] = {}
@@ -165,7 +167,7 @@ class Comparison:
             self.json["memcheck"] = "SKIPPED: compute-sanitizer is not installed"
             return
         sanitizer = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
-        code, seen = self.model("memcheck", "deltanet", TINY[0], "greedy", PROMPT, 4, timeout=150, prefix=sanitizer)
+        code, seen = self.model("memcheck", "deltanet", TINY[0], "greedy", PROMPT, 4, timeout=120, prefix=sanitizer)
         log = (self.results / "memcheck.log").read_text()
         summary = re.findall(r"ERROR SUMMARY: .*", log)
         self.json["memcheck"] = {"exit_status": code, "summary": summary, "tokens": seen.get("tokens"), "says": seen.get("says")}

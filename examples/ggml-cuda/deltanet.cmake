@@ -47,7 +47,11 @@ function(deltanet_into_ggml_cuda)
                 PROPERTIES INCLUDE_DIRECTORIES "${headers};${include}")
             target_link_libraries(${target} PRIVATE deltanet_library)
             if(DELTANET_KIND STREQUAL "static")
-                # libdeltanet is a plugin too; its entry points are not this backend's.
+                # libdeltanet is a plugin too and has entry points of these names.
+                if(GGML_BACKEND_DL OR name STREQUAL "delta-net.cu")
+                    message(FATAL_ERROR "deltanet: DELTANET_KIND must be shared for ik_llama.cpp and with GGML_BACKEND_DL: "
+                        "both define functions that libdeltanet.a has too")
+                endif()
                 target_link_options(${target} PRIVATE LINKER:--exclude-libs,libdeltanet.a)
             endif()
             message(STATUS "deltanet: ${theirs} is replaced by ${DELTANET_GGML_CUDA}/${name}")

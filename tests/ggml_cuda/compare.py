@@ -132,6 +132,19 @@ class Comparison:
                 self.check(summary.get("graphs_captured", 0) > 0, f"operator, {name}: CUDA graphs were captured")
             self.say(f"operator, {name}: {summary.get('failed')} of {len(cases)} failed, worst {worst}")
 
+    def operator_time(self):
+        self.json["operator_us"] = []
+        seen = {}
+        for tree in ("stock", "deltanet"):
+            code, out = self.run(f"time-{tree}", [self.work / "ops", "time"], timeout=60, env=self.environment(tree))
+            seen[tree] = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+            self.check(code == 0, f"operator, {tree}: time")
+        for stock, ours in zip(seen["stock"], seen["deltanet"]):
+            shape = {key: value for key, value in stock.items() if key != "us"}
+            self.json["operator_us"].append({**shape, "stock": stock["us"], "deltanet": ours["us"]})
+            self.say(f"operator, {shape['value_heads']} heads, {shape['tokens']} x {shape['sequences']}: "
+                     f"{stock['us']} us, {ours['us']} us")
+
     def model(self, name, tree, file, *arguments, timeout=120, prefix=(), **more):
         code, out = self.run(name, [*prefix, self.work / "model", self.work / f"{file}.gguf", *map(str, arguments)],
                              timeout=timeout, env=self.environment(tree, **more))
@@ -223,6 +236,7 @@ def main():
         for file, maker in makers.items():
             comparison.check(maker.wait() == 0, f"the model {file}")
         comparison.ops()
+        comparison.operator_time()
         comparison.greedy()
         comparison.speed(range(1), line.seconds)
         comparison.memcheck()

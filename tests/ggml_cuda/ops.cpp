@@ -2,15 +2,18 @@
 // upstream's test list and more, the state copy that ggml-cuda fuses into the operator, and replays of CUDA graphs.
 //
 //     ops [BOUND]
+//     ops time
 //
-// A JSON object a case on standard output, with the NMSE of out, of the states and of the cache that they are copied to.
-// The exit status is 1 if one is above BOUND (1e-7) or anything else is not as it must be, 77 where there is no GPU.
+// A JSON object a case on standard output, with the NMSE of out, of the states and of the cache that they are copied to,
+// or with the microseconds of one operator and its copy among many in a graph. The exit status is 1 if an NMSE is above
+// BOUND (1e-7) or anything else is not as it must be, 77 where there is no GPU.
 // SPDX-License-Identifier: MIT
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 #include "ggml.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -33,6 +36,15 @@ struct Case {
     bool    to_cache   = false; // the states are copied to a cache by the next node
     bool    in_one_row = false; // q, k and v are parts of one row, as after a convolution
     double  lowest     = -20.0; // of the log-decay
+};
+
+// Those that are timed: the 0.8b and the 4b8l model's, prompts and generation.
+const Case TIMED[] = {
+    {16, 128, 512, 1, 1, false, false, 1, 1, true, true, -1.0},  {16, 128, 512, 1, 2, false, false, 1, 1, true, true, -1.0},
+    {16, 128, 4096, 1, 1, false, false, 1, 1, true, true, -1.0}, {16, 128, 4096, 1, 2, false, false, 1, 1, true, true, -1.0},
+    {16, 128, 1, 1, 1, false, false, 1, 1, true, true, -1.0},    {16, 128, 1, 1, 2, false, false, 1, 1, true, true, -1.0},
+    {16, 128, 1, 32, 1, false, false, 1, 1, true, true, -1.0},   {16, 128, 1, 32, 2, false, false, 1, 1, true, true, -1.0},
+    {16, 128, 4, 1, 2, false, false, 4, 1, true, true, -1.0},
 };
 
 // Upstream's list (tests/test-backend-ops.cpp: heads, head size, tokens, sequences, repeat, permuted, KDA, K), its
@@ -82,9 +94,10 @@ ggml_tensor * new_input(Graph & graph, int64_t n0, int64_t n1, int64_t n2, int64
     return graph.inputs.back();
 }
 
-Graph build(const Case & c) {
+// `operators` of them, each with its copy, on the same inputs.
+Graph build(const Case & c, int operators = 1) {
     Graph graph;
-    graph.context = ggml_init({ ggml_tensor_overhead() * 64 + ggml_graph_overhead(), nullptr, true });
+    graph.context = ggml_init({ ggml_tensor_overhead() * (64 + 8 * operators) + ggml_graph_overhead(), nullptr, true });
     ggml_context * ctx = graph.context;
     const int64_t values = c.heads * c.repeat, shared = c.sequences / c.broadcast;
     ggml_tensor *q, *k, *v;
@@ -110,10 +123,11 @@ Graph build(const Case & c) {
     ggml_tensor * beta  = new_input(graph, 1, values, c.tokens, c.sequences);
     ggml_tensor * state = new_input(graph, c.size, c.size, values, c.sequences);
     q = ggml_l2_norm(ctx, q, 1e-6f), k = ggml_l2_norm(ctx, k, 1e-6f); // as models do
-    graph.out   = ggml_gated_delta_net(ctx, q, k, v, g, beta, state, c.kept);
     graph.nodes = ggml_new_graph(ctx);
-    ggml_build_forward_expand(graph.nodes, graph.out);
-    if (c.to_cache) {
+    for (int i = 0; i < operators; i++) {
+        graph.out = ggml_gated_delta_net(ctx, q, k, v, g, beta, state, c.kept);
+        ggml_build_forward_expand(graph.nodes, graph.out);
+        if (!c.to_cache) continue;
         // As llama.cpp has it: the newest states, one sequence after the other, at a stride of the cache's own.
         const int64_t d = c.size * c.size * values, written = std::min(c.tokens, c.kept), rows = c.sequences + 1;
         graph.cache = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, d, rows, c.kept);
@@ -163,21 +177,47 @@ void log(ggml_log_level level, const char * words, void *) {
     if (level == GGML_LOG_LEVEL_ERROR || (level == GGML_LOG_LEVEL_WARN && getenv("VERBOSE"))) fputs(words, stderr);
 }
 
+// Random values for all inputs, the same in all graphs.
+void fill(const Case & c, std::vector<Graph *> graphs, std::mt19937 & random) {
+    const size_t count = graphs[0]->inputs.size();
+    for (size_t i = 0; i < count; i++) {
+        const size_t role = count - 1 - i; // 0 state, 1 beta, 2 g, then v, k, q
+        const double low = role == 1 ? 0.0 : role == 2 ? c.lowest : role == 3 && !c.in_one_row ? -0.3 : -1.0;
+        const double high = role == 2 ? -1e-4 : role == 3 && !c.in_one_row ? 5.0 : 1.0;
+        std::uniform_real_distribution<float> draw{ float(low), float(high) };
+        std::vector<float> values(ggml_nelements(graphs[0]->inputs[i]));
+        for (float & value : values) value = draw(random);
+        for (Graph * graph : graphs)
+            ggml_backend_tensor_set(graph->inputs[i], values.data(), 0, values.size() * sizeof(float));
+    }
+}
+
+void time_one(const Case & c, ggml_backend_t gpu, std::mt19937 & random) {
+    const int operators = c.tokens > 1024 ? 4 : 16;
+    Graph graph = build(c, operators);
+    ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(graph.context, gpu);
+    fill(c, { &graph }, random);
+    std::vector<double> times;
+    for (int turn = 0; turn < 40; turn++) {
+        const auto start = std::chrono::steady_clock::now();
+        ggml_backend_graph_compute(gpu, graph.nodes);
+        ggml_backend_synchronize(gpu);
+        const std::chrono::duration<double, std::micro> time = std::chrono::steady_clock::now() - start;
+        if (turn >= RUNS) times.push_back(time.count() / operators);
+    }
+    std::sort(times.begin(), times.end());
+    printf("{\"heads\": %d, \"value_heads\": %d, \"head_size\": %d, \"tokens\": %d, \"sequences\": %d, \"K\": %d, \"us\": %.2f}\n",
+           int(c.heads), int(c.heads * c.repeat), int(c.size), int(c.tokens), int(c.sequences), int(c.kept),
+           times[times.size() / 2]);
+    ggml_backend_buffer_free(buffer), ggml_free(graph.context);
+}
+
 bool run(const Case & c, ggml_backend_t cpu, ggml_backend_t gpu, double bound, std::mt19937 & random) {
     Graph graphs[2] = { build(c), build(c) };
     ggml_backend_t backends[2] = { cpu, gpu };
     ggml_backend_buffer_t buffers[2];
     for (int i = 0; i < 2; i++) buffers[i] = ggml_backend_alloc_ctx_tensors(graphs[i].context, backends[i]);
-    for (size_t i = 0; i < graphs[0].inputs.size(); i++) {
-        const size_t role = graphs[0].inputs.size() - 1 - i; // 0 state, 1 beta, 2 g, then v, k, q
-        const double low = role == 1 ? 0.0 : role == 2 ? c.lowest : role == 3 && !c.in_one_row ? -0.3 : -1.0;
-        const double high = role == 2 ? -1e-4 : role == 3 && !c.in_one_row ? 5.0 : 1.0;
-        std::uniform_real_distribution<float> draw{ float(low), float(high) };
-        std::vector<float> values(ggml_nelements(graphs[0].inputs[i]));
-        for (float & value : values) value = draw(random);
-        for (Graph & graph : graphs)
-            ggml_backend_tensor_set(graph.inputs[i], values.data(), 0, values.size() * sizeof(float));
-    }
+    fill(c, { &graphs[0], &graphs[1] }, random);
 
     const size_t out = size_t(c.size * c.heads * c.repeat * c.tokens * c.sequences);
     const size_t state = size_t(c.size * c.size * c.heads * c.repeat), step = state * c.sequences;
@@ -244,6 +284,10 @@ int main(int argc, char ** argv) {
     if (!cpu || !gpu) return fprintf(stderr, "ops: a backend did not start\n"), 1;
     const unsigned seed = getenv("SEED") ? unsigned(atol(getenv("SEED"))) : std::random_device{}();
     std::mt19937 random(seed);
+    if (argc > 1 && strcmp(argv[1], "time") == 0) {
+        for (const Case & c : TIMED) time_one(c, gpu, random);
+        return 0;
+    }
     int failed = 0;
     for (const Case & c : CASES) failed += !run(c, cpu, gpu, bound, random);
     served.erase(std::remove(served.begin(), served.end(), '\n'), served.end());

@@ -193,7 +193,7 @@ class Comparison:
                 if turn and time.time() - START > seconds:
                     return
                 for tree in ("stock", "deltanet") if turn % 2 == 0 else ("deltanet", "stock"):
-                    code, seen = self.model(f"speed-{model}", tree, file, "speed", 4096, 128, 5)
+                    code, seen = self.model(f"speed-{model}", tree, file, "speed", 4096, 128, 9)
                     if self.check(code == 0 and "pp" in seen, f"{model}, {tree}: speed"):
                         self.taken[model, tree].append(seen)
                 self.tell_speed(model)
@@ -218,7 +218,7 @@ def main():
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words.add_argument("results", type=Path)
     words.add_argument("--work", type=Path, default=Path("/tmp/deltanet-ggml-cuda"))
-    words.add_argument("--rounds", type=int, default=3)
+    words.add_argument("--rounds", type=int, default=8)
     words.add_argument("--seconds", type=int, default=520, help="no new round of speed runs after so many")
     words.add_argument("--archs", default="native", help="CMAKE_CUDA_ARCHITECTURES")
     line = words.parse_args()

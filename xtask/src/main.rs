@@ -36,10 +36,16 @@ enum Task {
     Hosts {
         /// Parts of the names of the hosts to run; none for all.
         names: Vec<String>,
+        /// Only fetch, build and make what the runs need.
+        #[arg(long, conflicts_with = "speed")]
+        fetch: bool,
         /// Measure whole-model speed instead.
         #[arg(long)]
         speed: bool,
-        /// Tokens to generate with more than one thread; fewer where the processors are busy with other work.
+        /// Where to write the speeds as JSON.
+        #[arg(long, requires = "speed")]
+        json: Option<std::path::PathBuf>,
+        /// Tokens to generate with more than one thread.
         #[arg(long, default_value_t = 64)]
         tokens: usize,
         /// Threads of the speed runs.
@@ -118,7 +124,10 @@ fn run(task: Task) -> Result<()> {
         Task::Consumers => consumers::test(),
         Task::Dist(options) => dist::dist(&options),
         Task::Docs => docs::docs(),
-        Task::Hosts { names, speed: true, threads, rounds, .. } => hosts::run_speed(threads, rounds, &names),
+        Task::Hosts { names, speed: true, threads, rounds, json, .. } => {
+            hosts::run_speed(threads, rounds, &names, json.as_deref())
+        }
+        Task::Hosts { fetch: true, .. } => hosts::fetch_all(),
         Task::Hosts { names, tokens, .. } => hosts::run_hosts(tokens, &names),
         Task::Host(drive) => drive.run(),
         Task::Fuzz(options) => fuzz::fuzz(&options),

@@ -1,7 +1,7 @@
 //! `cargo xtask test`: set-up, then every check that guards main.
 
 use crate::command::{cargo, has, run};
-use crate::{cache, consumers, dist, docs, ggml_cuda, ik, nvcc};
+use crate::{cache, consumers, dist, docs, ggml_cuda, hosts, ik, nvcc};
 use anyhow::Result;
 use std::path::PathBuf;
 use std::process::Command;
@@ -21,6 +21,8 @@ pub fn run_all() -> Result<()> {
     step("tests", cargo().args(["test", "--workspace", "--release"]).envs(peers))?;
     println!("== ik_llama.cpp");
     ik::check()?;
+    println!("== llama.cpp");
+    hosts::run_hosts(64, &[])?;
     println!("== installed");
     consumers::test()?;
     println!("== archive");

@@ -1,12 +1,10 @@
 //! `cargo xtask host`: one llama.cpp in this process, driven for the parent that compares.
 
-use super::fetch;
 use super::graphs;
-use super::llama::{self, Item, Llama, Shape};
-use super::model::Model;
+use super::llama::{self, Item, Llama, Shape, call};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Subcommand};
-use std::ffi::CString;
+use std::ffi::{CString, c_char, c_void};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -35,11 +33,17 @@ enum Verb {
         /// A second plugin to load.
         #[arg(long)]
         second: Option<PathBuf>,
+        /// Unload the plugin before the model is read.
+        #[arg(long)]
+        unload: bool,
+        /// RPC servers that compute the model.
+        #[arg(long)]
+        server: Vec<String>,
         #[arg(long)]
         values: PathBuf,
     },
-    /// Makes the models.
-    Models,
+    /// Serves the CPU device to RPC clients, until the process is ended.
+    Serve { libraries: PathBuf, endpoint: String },
     /// Single graphs around the operator.
     Graphs {
         libraries: PathBuf,
@@ -117,55 +121,31 @@ fn finish(path: &Path, values: &[f32]) -> Result<()> {
     Ok(())
 }
 
-/// Asks Linux for short time slices. ggml's threads spin while they wait for each other: where processors are shared,
-/// every step of a graph takes as long as it takes until all of them had their turn. Only a wish; older kernels have
-/// no such thing.
-fn take_short_turns() {
-    #[repr(C)]
-    struct Attributes {
-        size: u32,
-        policy: u32,
-        flags: u64,
-        nice: i32,
-        priority: u32,
-        runtime: u64,
-        deadline: u64,
-        period: u64,
-    }
-    let attributes = Attributes {
-        size: size_of::<Attributes>() as u32,
-        policy: libc::SCHED_OTHER as u32,
-        flags: 0,
-        // SAFETY: asks about this process.
-        nice: unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) },
-        priority: 0,
-        runtime: 100_000,
-        deadline: 0,
-        period: 0,
-    };
-    // SAFETY: the system call reads a struct of the size that it states; threads made later inherit the setting.
-    unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
-}
-
 impl Drive {
     /// Does it, printing `name: value` lines.
     pub fn run(&self) -> Result<()> {
-        if !matches!(self.verb, Verb::Speed { .. }) {
-            take_short_turns();
-        }
+        die_with_the_parent();
         match &self.verb {
-            Verb::Tokens { libraries, model, short, two_threads, four_threads, second, values } => {
+            Verb::Tokens { libraries, model, short, two_threads, four_threads, second, unload, server, values } => {
                 let generated = if *short {
                     vec![(1, GENERATED)]
                 } else {
                     vec![(1, GENERATED), (2, *two_threads), (4, *four_threads)]
                 };
-                tokens(libraries, model, &generated, second.as_deref(), values)
+                let host = Llama::load(libraries)?;
+                if let Some(second) = second {
+                    load_second(&host, second)?;
+                }
+                if *unload {
+                    host.unload_plugin()?;
+                }
+                server.iter().try_for_each(|server| host.add_server(server))?;
+                finish(values, &tokens(&host, model, &generated)?)
             }
-            Verb::Models => Model::TINY.into_iter().chain([Model::Speed]).try_for_each(|model| {
-                println!("{}", fetch::model(model)?.display());
-                Ok(())
-            }),
+            Verb::Serve { libraries, endpoint } => {
+                llama::print_log();
+                Llama::load(libraries)?.serve(endpoint)
+            }
             Verb::Graphs { libraries, values } => run_graphs(libraries, values),
             Verb::Speed { libraries, model, threads, prompt, steps, sequences, values } => {
                 speed(libraries, model, *threads, *prompt, *steps, *sequences)?;
@@ -178,23 +158,19 @@ impl Drive {
 const PROMPT: usize = 100;
 const GENERATED: usize = 64;
 
-fn tokens(
-    libraries: &Path,
-    model: &Path,
-    generated: &[(usize, usize)],
-    second: Option<&Path>,
-    values: &Path,
-) -> Result<()> {
-    let host = Llama::load(libraries)?;
-    if let Some(second) = second {
-        let path = CString::new(second.to_string_lossy().as_bytes())?;
-        llama::call!(
-            host.ggml,
-            b"ggml_backend_load",
-            fn(*const std::ffi::c_char) -> *mut std::ffi::c_void,
-            path.as_ptr()
-        );
-    }
+/// Ends this process when the one that started it ends, however that happens.
+fn die_with_the_parent() {
+    // SAFETY: takes numbers only. Where it fails, the process ends by itself or by its parent's hand.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+}
+
+fn load_second(host: &Llama, plugin: &Path) -> Result<()> {
+    let path = CString::new(plugin.to_string_lossy().as_bytes())?;
+    call!(host.ggml, b"ggml_backend_load", fn(*const c_char) -> *mut c_void, path.as_ptr());
+    Ok(())
+}
+
+fn tokens(host: &Llama, model: &Path, generated: &[(usize, usize)]) -> Result<Vec<f32>> {
     let model = host.model(model)?;
     let mut logits = Vec::new();
     let short = generated.len() == 1;
@@ -215,8 +191,7 @@ fn tokens(
         logits.extend(rollback(&model)?);
         logits.extend(contexts_at_once(&model)?);
     }
-    drop(model);
-    finish(values, &logits)
+    Ok(logits)
 }
 
 /// Sequences that begin as copies of another: their states are rows that others still read.
@@ -296,8 +271,7 @@ fn contexts_at_once(model: &llama::Model<'_>) -> Result<Vec<f32>> {
 fn run_graphs(libraries: &Path, values: &Path) -> Result<()> {
     let host = Llama::load(libraries)?;
     let mut results = Vec::new();
-    // The parameter K came with the state's fourth axis; b8390 is the only host without it.
-    let has_snapshots = !libraries.to_string_lossy().contains("3.18.1");
+    let has_snapshots = graphs::has_snapshots(&host)?;
     for (at, case) in graphs::CASES.iter().enumerate() {
         if case.needs_snapshots() && !has_snapshots {
             continue;
@@ -306,9 +280,10 @@ fn run_graphs(libraries: &Path, values: &Path) -> Result<()> {
         results.extend(graphs::run(&host, case, 1 + at % 3)?);
         let after = counters()?;
         println!(
-            "case {}: taken {}, reads {}, writes {}",
+            "case {}: taken {}, left {}, reads {}, writes {}",
             case.name,
             after.taken - before.taken,
+            after.left - before.left,
             after.reads_fused - before.reads_fused,
             after.writes_fused - before.writes_fused
         );

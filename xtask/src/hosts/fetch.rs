@@ -2,7 +2,7 @@
 
 use super::model::Model;
 use crate::cache;
-use crate::command::{cargo, output, run};
+use crate::command::{cargo, output, run, workspace};
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
@@ -59,9 +59,11 @@ const CRATE_VERSION: &str = "0.1.161";
 const CRATE_SHA256: &str = "e9bea77fde41bbc15a278891cd5edd2ba07c5260d162614b41080ba1f100b39b";
 /// The crate's sources in words.
 pub const CRATE_ABOUT: &str = "llama.cpp v0.6.0, ggml 0.26.0, of the crate llama-cpp-sys-2 0.1.161";
-const NODE_LLAMA_CPP: &str = "3.22.1";
-const CMAKE: &str = "cmake==4.4.4";
-const NINJA: &str = "ninja==1.13.2";
+/// pip takes these alone: the wheels for x86-64 Linux.
+const BUILD_TOOLS: &str = "\
+cmake==4.4.4 --hash=sha256:f773a0544c66370408f451acd487c2c643b0dfebb48c5d64f3638bc1bb820238
+ninja==1.13.2 --hash=sha256:65a24341b5ac09fcadcc37082660be40a94174e51a937fabf6e2cae26225fa2c
+";
 
 impl Host {
     /// The folder with its libraries, fetched or built if it is not in the cache.
@@ -93,6 +95,15 @@ fn once(folder: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     std::fs::create_dir_all(&partial)?;
     make(&partial)?;
     Ok(std::fs::rename(partial, folder)?)
+}
+
+/// Fetches, builds and makes everything.
+pub fn all() -> Result<()> {
+    for host in HOSTS.iter().chain([&BEFORE]) {
+        host.libraries()?;
+    }
+    node_llama_cpp()?;
+    Model::TINY.into_iter().chain([Model::Speed]).try_for_each(|kind| model(kind).map(drop))
 }
 
 fn npm(version: &str, sha256: &str) -> Result<PathBuf> {
@@ -134,14 +145,19 @@ fn build_tools() -> Result<PathBuf> {
     let folder = cache::root()?.join("hosts/build-tools");
     if !folder.join("bin/ninja").exists() {
         run(Command::new("python3").args(["-m", "venv"]).arg(&folder))?;
-        run(Command::new(folder.join("bin/pip")).args(["install", "--quiet", CMAKE, NINJA]))?;
+        let requirements = folder.join("requirements.txt");
+        std::fs::write(&requirements, BUILD_TOOLS)?;
+        let mut pip = Command::new(folder.join("bin/pip"));
+        pip.args(["install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:", "--require-hashes"]);
+        run(pip.arg("-r").arg(requirements))?;
     }
     Ok(folder.join("bin"))
 }
 
+/// With the RPC backend, which is one more library and changes nothing where no server is named.
 fn build_crate() -> Result<PathBuf> {
     let sources = crate_sources()?;
-    let build = cache::root()?.join(format!("hosts/{CRATE}-{CRATE_VERSION}-build"));
+    let build = cache::root()?.join(format!("hosts/{CRATE}-{CRATE_VERSION}-rpc"));
     let done = build.join("done");
     if !done.exists() {
         println!("   building {}", sources.display());
@@ -151,7 +167,7 @@ fn build_crate() -> Result<PathBuf> {
         let mut configure = Command::new(tools.join("cmake"));
         configure.arg("-S").arg(&sources).arg("-B").arg(&build).args(["-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]);
         configure.arg(format!("-DCMAKE_MAKE_PROGRAM={}", tools.join("ninja").display()));
-        configure.args(["-DLLAMA_CURL=OFF", "-DGGML_NATIVE=ON"]).args(without);
+        configure.args(["-DLLAMA_CURL=OFF", "-DGGML_NATIVE=ON", "-DGGML_RPC=ON"]).args(without);
         output(&mut configure)?;
         output(Command::new(tools.join("ninja")).arg("-C").arg(&build))?;
         std::fs::write(done, "")?;
@@ -159,17 +175,19 @@ fn build_crate() -> Result<PathBuf> {
     Ok(build.join("bin"))
 }
 
-/// The application: a folder where node finds node-llama-cpp.
+/// The application: a folder where node finds node-llama-cpp, its versions and checksums those of the lock file.
 pub fn node_llama_cpp() -> Result<PathBuf> {
-    let folder = cache::root()?.join(format!("hosts/node-llama-cpp-{NODE_LLAMA_CPP}"));
+    let pinned = workspace().join("tests/hosts");
+    let lock = std::fs::read(pinned.join("package-lock.json"))?;
+    let version: String = Sha256::digest(&lock).iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+    let folder = cache::root()?.join(format!("hosts/node-llama-cpp-{version}"));
     once(&folder, |partial| {
-        std::fs::write(partial.join("package.json"), "{\"private\": true}\n")?;
+        for file in ["package.json", "package-lock.json"] {
+            std::fs::copy(pinned.join(file), partial.join(file))?;
+        }
         let mut install = Command::new("npm");
         // Its optional packages are builds for other systems and devices; the one for this system is named.
-        install.args(["install", "--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund", "--silent"]);
-        install
-            .arg(format!("node-llama-cpp@{NODE_LLAMA_CPP}"))
-            .arg(format!("@node-llama-cpp/linux-x64@{NODE_LLAMA_CPP}"));
+        install.args(["ci", "--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund", "--silent"]);
         run(install.current_dir(partial))
     })?;
     Ok(folder)

@@ -46,6 +46,8 @@ pub enum Twist {
     CallbackAtResult,
     /// An eval callback asks for the gathered rows.
     CallbackAtGather,
+    /// All tensors are in a buffer whose type says that it is not host memory, as a GPU's does.
+    ForeignMemory,
 }
 
 /// A graph, and what the plugin may do in it.
@@ -59,6 +61,8 @@ pub struct Case {
     /// Whether the read and the write are to be fused.
     pub read: bool,
     pub write: bool,
+    /// Whether the node is the plugin's at all.
+    pub taken: bool,
 }
 
 impl Case {
@@ -69,7 +73,7 @@ impl Case {
 }
 
 const fn case(name: &'static str, rows: &'static [i32], twist: Twist, read: bool, write: bool) -> Case {
-    Case { name, tokens: 5, rows, snapshots: 1, channel_gate: false, twist, read, write }
+    Case { name, tokens: 5, rows, snapshots: 1, channel_gate: false, twist, read, write, taken: true }
 }
 
 /// Rows 2, 3, 4 are written.
@@ -94,6 +98,7 @@ pub const CASES: &[Case] = &[
     case("target read in between", IN_PLACE, Twist::ReadBetween, true, false),
     case("eval callback at the result", IN_PLACE, Twist::CallbackAtResult, true, false),
     case("eval callback at the gather", IN_PLACE, Twist::CallbackAtGather, false, true),
+    Case { taken: false, ..case("memory of another device", IN_PLACE, Twist::ForeignMemory, false, false) },
     Case { snapshots: 3, ..case("snapshots, in place", IN_PLACE, Twist::None, true, true) },
     Case { snapshots: 3, tokens: 2, ..case("snapshots, fewer tokens than slots", IN_PLACE, Twist::None, true, true) },
     // After a rollback the row read is in the group that slot 1 goes to: the gather has to come first.
@@ -162,6 +167,23 @@ impl Ggml<'_> {
         Ok(call!(self.host.ggml, name, fn(*mut c_void, Node, Node) -> Node, self.context, a, b))
     }
 
+    /// The operator; hosts without K do not look at it.
+    fn operator(&self, [q, k, v, g, beta, state]: [Node; 6], snapshots: usize) -> Result<Node> {
+        Ok(call!(
+            self.host.ggml,
+            b"ggml_gated_delta_net",
+            fn(*mut c_void, Node, Node, Node, Node, Node, Node, i64) -> Node,
+            self.context,
+            q,
+            k,
+            v,
+            g,
+            beta,
+            state,
+            snapshots as i64
+        ))
+    }
+
     fn mark(&self, name: &[u8], tensor: Node) -> Result<()> {
         call!(self.host.ggml, name, fn(Node), tensor);
         Ok(())
@@ -203,10 +225,70 @@ unsafe extern "C" fn stop_at(tensor: Node, ask: bool, _: *mut c_void) -> bool {
     !ask || tensor as usize == STOP.load(std::sync::atomic::Ordering::Relaxed)
 }
 
+/// Whether the host's operator has K: then a node for more snapshots has room for them.
+pub fn has_snapshots(host: &Llama) -> Result<bool> {
+    let memory = InitParams { size: 1 << 20, buffer: std::ptr::null_mut(), no_alloc: true };
+    let context = call!(host.ggml, b"ggml_init", fn(InitParams) -> *mut c_void, memory);
+    let g = Ggml { host, context };
+    let elements = |snapshots| -> Result<i64> {
+        let qkv = || g.tensor(TYPE_F32, [HEAD_SIZE, 1, 1, 1]);
+        let scalar = || g.tensor(TYPE_F32, [1, 1, 1, 1]);
+        let state = g.tensor(TYPE_F32, [HEAD_SIZE, HEAD_SIZE, 1, 1])?;
+        let result = g.operator([qkv()?, qkv()?, qkv()?, scalar()?, scalar()?, state], snapshots)?;
+        Ok(call!(host.ggml, b"ggml_nelements", fn(Node) -> i64, result))
+    };
+    let has = elements(2)? > elements(1)?;
+    call!(host.ggml, b"ggml_free", fn(*mut c_void), context);
+    Ok(has)
+}
+
+/// Stands in for `is_host` of a buffer type.
+unsafe extern "C" fn not_host(_: *mut c_void) -> bool {
+    false
+}
+
+/// A buffer's type, exchanged for a copy that says that its memory is not the host's.
+struct Foreign {
+    place: *mut *mut c_void,
+    original: *mut c_void,
+    _copy: Box<[*mut c_void; 10]>,
+}
+
+impl Foreign {
+    /// Buffer types are six functions, a device and a context; plugin API 3 put two functions before `is_host`.
+    fn new(host: &Llama, buffer: *mut c_void) -> Result<Foreign> {
+        let original = call!(host.ggml, b"ggml_backend_buffer_get_type", fn(*mut c_void) -> *mut c_void, buffer);
+        // SAFETY: the symbol is only looked up.
+        let newer = unsafe { host.ggml.get::<unsafe extern "C" fn()>(b"ggml_backend_buft_alloc_buffer_n") }.is_ok();
+        let (words, is_host) = if newer { (10, 7) } else { (8, 5) };
+        let mut copy = Box::new([std::ptr::null_mut(); 10]);
+        // SAFETY: a buffer type has that many words; a buffer names its type before it ends.
+        let place = unsafe {
+            std::ptr::copy_nonoverlapping(original.cast(), copy.as_mut_ptr(), words);
+            (0..16).map(|word| buffer.cast::<*mut c_void>().add(word)).find(|place| **place == original)
+        };
+        let place = place.context("the buffer does not name its type")?;
+        copy[is_host] = not_host as unsafe extern "C" fn(*mut c_void) -> bool as *mut c_void;
+        // SAFETY: the word found above, of a buffer that only this thread uses.
+        unsafe { *place = copy.as_mut_ptr().cast() };
+        let is_host = call!(host.ggml, b"ggml_backend_buffer_is_host", fn(*mut c_void) -> bool, buffer);
+        let foreign = Foreign { place, original, _copy: copy };
+        ensure!(!is_host, "the buffer still counts as host memory");
+        Ok(foreign)
+    }
+}
+
+impl Drop for Foreign {
+    fn drop(&mut self) {
+        // SAFETY: as in `new`; the buffer is still there.
+        unsafe { *self.place = self.original };
+    }
+}
+
 /// Computes a case with `threads` threads; the cache and the outputs after it.
 pub fn run(host: &Llama, case: &Case, threads: usize) -> Result<Vec<f32>> {
-    let memory = InitParams { size: 1 << 22, buffer: std::ptr::null_mut(), no_alloc: true };
-    let context = call!(host.ggml, b"ggml_init", fn(InitParams) -> *mut c_void, memory);
+    let arena = InitParams { size: 1 << 22, buffer: std::ptr::null_mut(), no_alloc: true };
+    let context = call!(host.ggml, b"ggml_init", fn(InitParams) -> *mut c_void, arena);
     let g = Ggml { host, context };
     let backend =
         call!(host.ggml, b"ggml_backend_init_by_type", fn(c_int, *const c_void) -> *mut c_void, 0, std::ptr::null());
@@ -246,19 +328,7 @@ pub fn run(host: &Llama, case: &Case, threads: usize) -> Result<Vec<f32>> {
     if case.twist == Twist::WrittenBetween {
         expand(g.scale(g.view(cache, [STATE, 1, 1, 1], [row; 3], case.rows[0] as usize * row)?, true)?)?;
     }
-    let result = call!(
-        host.ggml,
-        b"ggml_gated_delta_net",
-        fn(*mut c_void, Node, Node, Node, Node, Node, Node, i64) -> Node,
-        context,
-        inputs[0],
-        inputs[1],
-        inputs[2],
-        inputs[3],
-        inputs[4],
-        state,
-        k as i64
-    );
+    let result = g.operator([inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], state], k)?;
     let out_bytes = HEAD_SIZE * VALUE_HEADS * t * b * 4;
     let out_row = HEAD_SIZE * VALUE_HEADS * 4;
     let out = g.view(result, [HEAD_SIZE, VALUE_HEADS, t, b], [head_bytes, out_row, out_row * t], 0)?;
@@ -299,6 +369,7 @@ pub fn run(host: &Llama, case: &Case, threads: usize) -> Result<Vec<f32>> {
         let data: Vec<f32> = (0..ne.iter().product()).map(|_| value()).collect();
         g.set(tensor, &data)
     };
+    let mut memory = std::ptr::null_mut();
     let schedule = if matches!(case.twist, Twist::CallbackAtResult | Twist::CallbackAtGather) {
         for tensor in inputs.iter().chain([&ids_leaf, &cache]) {
             g.mark(b"ggml_set_input", *tensor)?;
@@ -335,14 +406,14 @@ pub fn run(host: &Llama, case: &Case, threads: usize) -> Result<Vec<f32>> {
         ensure!(fits, "the graph could not be allocated");
         Some(schedule)
     } else {
-        let buffer = call!(
+        memory = call!(
             host.ggml,
             b"ggml_backend_alloc_ctx_tensors",
             fn(*mut c_void, *mut c_void) -> *mut c_void,
             context,
             backend
         );
-        ensure!(!buffer.is_null(), "the tensors could not be allocated");
+        ensure!(!memory.is_null(), "the tensors could not be allocated");
         None
     };
     let scale = (HEAD_SIZE as f32).powf(-0.5);
@@ -357,6 +428,7 @@ pub fn run(host: &Llama, case: &Case, threads: usize) -> Result<Vec<f32>> {
     }
     g.set(ids_leaf, case.rows)?;
 
+    let foreign = (case.twist == Twist::ForeignMemory).then(|| Foreign::new(host, memory)).transpose()?;
     let status = match schedule {
         Some(schedule) => call!(
             host.ggml,
@@ -367,6 +439,7 @@ pub fn run(host: &Llama, case: &Case, threads: usize) -> Result<Vec<f32>> {
         ),
         None => call!(host.ggml, b"ggml_backend_graph_compute", fn(*mut c_void, *mut c_void) -> c_int, backend, graph),
     };
+    drop(foreign);
     ensure!(status == 0, "{}: the graph failed with {status}", case.name);
     let mut values = g.get(cache, STATE * CELLS)?;
     for (node, length) in results {

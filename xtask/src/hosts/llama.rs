@@ -9,6 +9,7 @@ use libloading::Library;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Room for the largest parameter struct.
 #[repr(C)]
@@ -56,6 +57,7 @@ pub struct Run {
 }
 
 static LINES: Mutex<Vec<String>> = Mutex::new(Vec::new());
+static PRINT: AtomicBool = AtomicBool::new(false);
 
 /// Keeps the plugin's lines and everything from warnings up.
 unsafe extern "C" fn keep_log(level: c_int, text: *const c_char, _: *mut c_void) {
@@ -65,9 +67,17 @@ unsafe extern "C" fn keep_log(level: c_int, text: *const c_char, _: *mut c_void)
         eprint!("{text}");
     }
     let is_ours = text.starts_with("deltanet: ");
+    if is_ours && PRINT.load(Ordering::Relaxed) {
+        println!("log: {}", text.trim_end());
+    }
     if let (true, Ok(mut lines)) = (is_ours || level == 4, LINES.lock()) {
         lines.push(text.trim_end().to_owned());
     }
+}
+
+/// Prints the plugin's lines as they come, for a process that does not end by itself.
+pub fn print_log() {
+    PRINT.store(true, Ordering::Relaxed);
 }
 
 /// The log lines so far, and forgets them.
@@ -113,6 +123,58 @@ impl Llama {
         call!(loaded.ggml, b"ggml_backend_load_all_from_path", fn(*const c_char), path.as_ptr());
         call!(loaded.llama, b"llama_backend_init", fn(),);
         Ok(loaded)
+    }
+
+    /// Unloads the plugin, as a host may at any time.
+    pub fn unload_plugin(&self) -> Result<()> {
+        let registry =
+            call!(self.ggml, b"ggml_backend_reg_by_name", fn(*const c_char) -> *mut c_void, c"deltanet".as_ptr());
+        ensure!(!registry.is_null(), "the plugin is not registered");
+        call!(self.ggml, b"ggml_backend_unload", fn(*mut c_void), registry);
+        let registry =
+            call!(self.ggml, b"ggml_backend_reg_by_name", fn(*const c_char) -> *mut c_void, c"deltanet".as_ptr());
+        ensure!(registry.is_null(), "the plugin is still registered");
+        Ok(())
+    }
+
+    /// A function of the RPC backend; the library that has it is loaded with the others.
+    fn rpc_function<F: Copy>(&self, name: &CStr) -> Result<F> {
+        let registry = call!(self.ggml, b"ggml_backend_reg_by_name", fn(*const c_char) -> *mut c_void, c"RPC".as_ptr());
+        ensure!(!registry.is_null(), "this llama.cpp has no RPC backend");
+        let function = call!(
+            self.ggml,
+            b"ggml_backend_reg_get_proc_address",
+            fn(*mut c_void, *const c_char) -> *mut c_void,
+            registry,
+            name.as_ptr()
+        );
+        ensure!(!function.is_null(), "the RPC backend has no {}", name.to_string_lossy());
+        const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
+        // SAFETY: a function pointer in a type of its size; the callers give the name's signature.
+        Ok(unsafe { std::mem::transmute_copy(&function) })
+    }
+
+    /// Makes an RPC server's devices devices of this process.
+    pub fn add_server(&self, endpoint: &str) -> Result<()> {
+        type Add = unsafe extern "C" fn(*const c_char) -> *mut c_void;
+        let add: Add = self.rpc_function(c"ggml_backend_rpc_add_server")?;
+        let name = CString::new(endpoint)?;
+        // SAFETY: the RPC backend's function of that name; a C string.
+        let registry = unsafe { add(name.as_ptr()) };
+        ensure!(!registry.is_null(), "no RPC server at {endpoint}");
+        call!(self.ggml, b"ggml_backend_register", fn(*mut c_void), registry);
+        Ok(())
+    }
+
+    /// Serves the CPU device to RPC clients, until the process is ended.
+    pub fn serve(&self, endpoint: &str) -> Result<()> {
+        type Start = unsafe extern "C" fn(*const c_char, *const c_char, usize, usize, *mut *mut c_void);
+        let start: Start = self.rpc_function(c"ggml_backend_rpc_start_server")?;
+        let mut device = call!(self.ggml, b"ggml_backend_dev_by_type", fn(c_int) -> *mut c_void, 0);
+        let name = CString::new(endpoint)?;
+        // SAFETY: the RPC backend's function of that name: C strings, one thread, one device.
+        unsafe { start(name.as_ptr(), std::ptr::null(), 1, 1, &raw mut device) };
+        bail!("the RPC server at {endpoint} ended")
     }
 
     /// Reads a model.

@@ -42,7 +42,7 @@ extern "C" fn ggml_backend_score() -> c_int {
 
 /// The plugin's registry. Whatever happens, the host goes on as without us, with one line that says why.
 #[unsafe(no_mangle)]
-extern "C" fn ggml_backend_init() -> *mut c_void {
+pub(super) extern "C" fn ggml_backend_init() -> *mut c_void {
     catch_unwind(|| {
         symbols::find_log();
         match symbols::find_host() {

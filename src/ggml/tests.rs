@@ -339,12 +339,64 @@ fn nodes_that_look_wrong_stay_with_the_host() {
         assert_eq!(run(device, &mut case).0, abi::STATUS_SUCCESS, "{what}");
         assert_eq!(nature.computed_by_host.load(Ordering::Relaxed), before + 1, "{what}: the host's own");
     }
+    for source in 0..6 {
+        let before = nature.computed_by_host.load(Ordering::Relaxed);
+        let mut case = case(7, 2);
+        // SAFETY: a tensor of the case.
+        unsafe { (*case.node.src[source]).buffer = (&raw const FOREIGN).cast_mut().cast() };
+        assert_eq!(run(device, &mut case).0, abi::STATUS_SUCCESS);
+        let computed = nature.computed_by_host.load(Ordering::Relaxed);
+        assert_eq!(computed, before + 1, "source {source} on another device: the host's own");
+    }
     // A node that the host will not compute is not computed here either.
     let before = nature.computed_by_host.load(Ordering::Relaxed);
     let mut skipped = case(7, 2);
     skipped.node.flags = 0;
     run(device, &mut skipped);
     assert_eq!(nature.computed_by_host.load(Ordering::Relaxed), before + 1);
+}
+
+/// A process without a ggml that exports its symbols: this one. The plugin must still give a registry, without devices.
+#[test]
+fn a_host_without_symbols_is_declined() {
+    let why = super::symbols::find_host().err().expect("nothing to find here");
+    assert!(why.contains("ggml_backend_dev_by_type") && why.contains("deltanet_ggml_attach"), "{why}");
+    let registry = super::plugin::ggml_backend_init().cast::<Registry>();
+    assert!(!registry.is_null());
+    // SAFETY: the plugin's own registry, which lives as long as the process.
+    unsafe {
+        assert!(abi::API_VERSIONS.contains(&(*registry).api_version));
+        assert_eq!((*registry).get_device_count.expect("a function")(registry), 0);
+        assert!((*registry).get_device.expect("a function")(registry, 0).is_null());
+        assert!(
+            (*registry).get_proc_address.expect("a function")(registry, c"ggml_backend_set_n_threads".as_ptr())
+                .is_null()
+        );
+        assert!((*registry).get_proc_address.expect("a function")(registry, std::ptr::null()).is_null());
+    }
+}
+
+/// Backends come and go while others compute, as contexts of an engine do.
+#[test]
+fn backends_made_and_freed_while_others_compute() {
+    let device = device(16, 3);
+    substitute::attach(Arc::new(host(device).expect("a known host"))).expect("attached");
+    let (_, expected) = run(device, &mut case(11, 3));
+    let address = &raw mut *device as usize;
+    std::thread::scope(|scope| {
+        for threads in 1..5 {
+            let expected = &expected;
+            scope.spawn(move || {
+                for _ in 0..30 {
+                    // SAFETY: the device is only read, but for the number of threads, which is atomic.
+                    let device = unsafe { &mut *(address as *mut Device) };
+                    // The number of threads changes under the other backends' feet, too.
+                    nature(device).threads.store(threads, Ordering::Relaxed);
+                    assert_eq!(&run(device, &mut case(11, 3)).1, expected);
+                }
+            });
+        }
+    });
 }
 
 #[test]

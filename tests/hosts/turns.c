@@ -13,6 +13,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -89,6 +90,8 @@ __attribute__((constructor)) static void start(void) {
     action.sa_handler = give_way;
     action.sa_flags = SA_RESTART;
     pthread_t thread;
+    // A process that hangs must not outlive the tests.
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
     // Threads made later inherit the slices.
     ask_for_short_slices();
     if (sigaction(signal_number, &action, NULL) == 0 && pthread_create(&thread, NULL, interrupt_forever, NULL) == 0) {

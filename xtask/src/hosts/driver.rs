@@ -39,6 +39,9 @@ enum Verb {
         /// RPC servers that compute the model.
         #[arg(long)]
         server: Vec<String>,
+        /// The part of the layers that each server gets.
+        #[arg(long)]
+        share: Vec<f32>,
         #[arg(long)]
         values: PathBuf,
     },
@@ -126,7 +129,18 @@ impl Drive {
     pub fn run(&self) -> Result<()> {
         die_with_the_parent();
         match &self.verb {
-            Verb::Tokens { libraries, model, short, two_threads, four_threads, second, unload, server, values } => {
+            Verb::Tokens {
+                libraries,
+                model,
+                short,
+                two_threads,
+                four_threads,
+                second,
+                unload,
+                server,
+                share,
+                values,
+            } => {
                 let generated = if *short {
                     vec![(1, GENERATED)]
                 } else {
@@ -140,7 +154,7 @@ impl Drive {
                     host.unload_plugin()?;
                 }
                 server.iter().try_for_each(|server| host.add_server(server))?;
-                finish(values, &tokens(&host, model, &generated)?)
+                finish(values, &tokens(&host, model, share, &generated)?)
             }
             Verb::Serve { libraries, endpoint } => {
                 llama::print_log();
@@ -170,8 +184,8 @@ fn load_second(host: &Llama, plugin: &Path) -> Result<()> {
     Ok(())
 }
 
-fn tokens(host: &Llama, model: &Path, generated: &[(usize, usize)]) -> Result<Vec<f32>> {
-    let model = host.model(model)?;
+fn tokens(host: &Llama, model: &Path, shares: &[f32], generated: &[(usize, usize)]) -> Result<Vec<f32>> {
+    let model = host.model(model, shares)?;
     let mut logits = Vec::new();
     let short = generated.len() == 1;
     let counts: &[usize] = if short { &[1] } else { &[1, 5] };
@@ -294,7 +308,7 @@ fn run_graphs(libraries: &Path, values: &Path) -> Result<()> {
 /// Medians over several rounds, the first left out: a prompt in one sequence, and steps of all sequences.
 fn speed(libraries: &Path, model: &Path, threads: usize, prompt: usize, steps: usize, sequences: usize) -> Result<()> {
     let host = Llama::load(libraries)?;
-    let model = host.model(model)?;
+    let model = host.model(model, &[])?;
     let shape = Shape { sequences, tokens: prompt + steps + 16, rollback: 0 };
     let mut context = model.context(shape)?.context("no context")?;
     context.set_threads(threads)?;

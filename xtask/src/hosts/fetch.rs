@@ -186,8 +186,9 @@ pub fn node_llama_cpp() -> Result<PathBuf> {
             std::fs::copy(pinned.join(file), partial.join(file))?;
         }
         let mut install = Command::new("npm");
-        // Its optional packages are builds for other systems and devices; the one for this system is named.
-        install.args(["ci", "--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund", "--silent"]);
+        // Its optional packages are builds for other systems and devices; the one for this system is named. They are not
+        // in the lock file, which `npm ci` would take for a mistake.
+        install.args(["install", "--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund", "--silent"]);
         run(install.current_dir(partial))
     })?;
     Ok(folder)

@@ -37,6 +37,9 @@ const N_SEQ_MAX: usize = 3;
 /// Where the version exports `llama_n_rs_seq`.
 const N_RS_SEQ: usize = 4;
 
+/// Index of the first half of a pointer in `llama_model_params`, in the one version whose models are split here.
+const TENSOR_SPLIT: usize = 10;
+
 /// The libraries of one llama.cpp.
 pub struct Llama {
     llama: Library,
@@ -177,9 +180,16 @@ impl Llama {
         bail!("the RPC server at {endpoint} ended")
     }
 
-    /// Reads a model.
-    pub fn model(&self, path: &Path) -> Result<Model<'_>> {
-        let params = call!(self.llama, b"llama_model_default_params", fn() -> Blob,);
+    /// Reads a model; `shares` says which part of the layers each of several devices gets.
+    pub fn model(&self, path: &Path, shares: &[f32]) -> Result<Model<'_>> {
+        // llama.cpp reads as many shares as it can have devices.
+        let mut split = [0f32; 64];
+        split[..shares.len()].copy_from_slice(shares);
+        let mut params = call!(self.llama, b"llama_model_default_params", fn() -> Blob,);
+        if !shares.is_empty() {
+            let address = split.as_ptr() as usize as u64;
+            (params.0[TENSOR_SPLIT], params.0[TENSOR_SPLIT + 1]) = (address as u32, (address >> 32) as u32);
+        }
         let file = CString::new(path.to_string_lossy().as_bytes())?;
         let load = b"llama_model_load_from_file";
         let model = call!(

@@ -71,7 +71,11 @@ pub fn check_servers(libraries: &Path, model: &str, setup: &Setup) -> Result<Str
     let local = setup.drive(libraries, "tokens", &[model, "--short"], false, "first")?;
     let servers = [Server::start(libraries, 0, setup)?, Server::start(libraries, 1, setup)?];
     let endpoints = servers.each_ref().map(|server| server.endpoint.as_str());
-    let arguments = [model, "--short", "--server", endpoints[0], "--server", endpoints[1]];
+    let mut arguments = vec![model, "--short"];
+    // The model has three layers with the operator, one without, and the output: two and three of the five.
+    for (endpoint, share) in endpoints.iter().zip(["0.35", "0.65"]) {
+        arguments.extend(["--server", endpoint, "--share", share]);
+    }
     let split: Report = setup.drive(libraries, "tokens", &arguments, false, "first")?;
     ensure!(local.starting("tokens") == split.starting("tokens"), "tokens differ from a local run's");
     let error = nmse(&local.values, &split.values);

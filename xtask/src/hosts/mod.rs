@@ -19,7 +19,7 @@ pub use speed::run_speed;
 
 use crate::command;
 use anyhow::{Context, Result, bail, ensure};
-use fetch::{HOSTS, Host};
+use fetch::HOSTS;
 use servers::check_servers;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -155,6 +155,7 @@ fn recurrent_shapes() -> Result<String, String> {
                  value_contiguous: {}, channel_gate: {}, lanes: {lanes}, columns: {columns}, warps: {warps} }},\n",
                 match kind {
                     "one" => "One",
+                    "window" => "Window",
                     "fast" => "Fast",
                     _ => "Any",
                 },

@@ -323,6 +323,7 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     Smem &sm = *reinterpret_cast<Smem *>(smem_raw);
     const dn_problem &p = a.p;
     const int slot = blockIdx.x, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    if (a.waits) wait_for_previous();
     launch_next();
     int b, chunk;
     dn_sequence seq;
@@ -354,7 +355,6 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
         load_row<S, 4 * C>(k, p.k, kb, p.dtype_k, vk, there, smem_raw);
         load_row<S, 4 * C>(q, p.q, qb, p.dtype_q, vq, there, smem_raw);
         if (!vk || !vq) __syncthreads(); // scratch is read
-        gates();
         stage_row<S, C, PARTS>(p, k, vk ? p.dtype_k : DN_F32, there, sm.image.k);
         stage_row<S, C, PARTS>(p, q, vq ? p.dtype_q : DN_F32, there, sm.image.q);
     }
@@ -366,6 +366,8 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
         flush(out + PARTS * L::KQ_PART, sm.image.q, PARTS * L::KQ_PART);
         flush_commit();
     }
+
+    gates(); // by the two warps that have the least to multiply
 
     // Two warps to a row tile: one takes the even column blocks up to the diagonal, one the odd ones.
     constexpr int OWN = C / 32;

@@ -31,6 +31,16 @@ struct ScanSmem {
     __device__ static int v_offset(int row, int byte) { return row * V_ROW + (byte ^ (((row >> 1) & 3) << 5)); }
 };
 
+// This thread's lane. On sm_120 the compiler may not know it from one use to the next: it would form all addresses ahead of
+// the loop over chunks, and spill.
+__device__ inline int lane_here() {
+    int lane = threadIdx.x & 31;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+    asm volatile("" : "+r"(lane));
+#endif
+    return lane;
+}
+
 // acc[rows][n] (+)= A[rows][k] B[k][n], with B held k-contiguous ([n][k], as K, Q): k-steps KS0 to KS1 of S / 16.
 template <int S, int C, int PARTS, int KS0, int KS1>
 __device__ inline void product_rows(float (&acc)[C / 8][4], const uint32_t (&ah)[S / 16][4],
@@ -48,7 +58,7 @@ __device__ inline void product_rows(float (&acc)[C / 8][4], const uint32_t (&ah)
         wgmma<C, 0>(acc, ah[ks], bh, PARTS == 2 || ks != 0);
     }
 #else
-    const int lane = threadIdx.x & 31;
+    const int lane = lane_here();
     const int row = (lane & 7) + ((lane >> 4) << 3), col = ((lane >> 3) & 1) * 8;
     if (KS0 == 0) {
 #pragma unroll
@@ -345,15 +355,26 @@ __device__ inline void store_output(const dn_problem &p, char *out, const float 
     }
 }
 
-template <int S, int C, int PARTS, int IO>
+// TRANSITION: not the outputs, but what a piece of a slab does to a state. Half of the column blocks scan V from a zero
+// state (in the first piece, from its own state), the other half the columns of the identity without V.
+template <int S, int C, int PARTS, int IO, bool TRANSITION>
 __device__ inline void chunk_scan(const dn_chunk_args &a) {
     using L = Tiles<S, C, PARTS>;
     using M = ScanSmem<S, C, PARTS>;
     extern __shared__ __align__(1024) unsigned char smem_raw[];
     const dn_problem &p = a.p;
-    const int h = blockIdx.y, kh = dn_key_head(h, p.Hk, p.Hv, p.head_map), b = a.seq0 + blockIdx.z;
+    // All pieces but the last have a transition; all of it but the first, whose state is known.
+    const int pieces = TRANSITION ? a.pieces - 1 : a.pieces;
+    const int piece = blockIdx.z % pieces, sequence = blockIdx.z / pieces;
+    const bool identity = TRANSITION && blockIdx.x >= S / 64;
+    if (identity && piece == 0) {
+        wait_for_previous();
+        return;
+    }
+    const int column_block = TRANSITION ? blockIdx.x % (S / 64) : blockIdx.x;
+    const int h = blockIdx.y, kh = dn_key_head(h, p.Hk, p.Hv, p.head_map), b = a.seq0 + sequence;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const int column = blockIdx.x * 64 + warp * 16 + 2 * g; // and the one after it
+    const int column = column_block * 64 + warp * 16 + 2 * g; // and the one after it
     // Before anything is read that the previous kernel writes, and before any return: done is done for both.
     wait_for_previous();
     launch_next();
@@ -364,7 +385,8 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
     const int all = chunks_of<C>(a, b);
     int first, count, slot;
     bool begins, ends;
-    int carry_in = blockIdx.z, carry_out = blockIdx.z;
+    const auto slot_of = [&](int slot) { return slot * a.nseq + sequence; };
+    int carry_in = slot_of(a.carry_in), carry_out = slot_of(a.carry_out);
     if (p.cu_seqlens) {
         int base = 0;
         for (int i = 0; i < b; i++) base += chunks_of<C>(a, i);
@@ -376,11 +398,14 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
         ends = base + all <= a.chunk0 + a.nchunks;
         carry_in = a.carry_in, carry_out = a.carry_out;
     } else {
-        first = a.chunk0;
-        count = min(all, a.chunk0 + a.nchunks) - first;
-        slot = blockIdx.z * a.nchunks;
+        first = a.chunk0 + piece * a.per_piece;
+        const int end = piece + 1 < a.pieces ? first + a.per_piece : a.chunk0 + a.nchunks;
+        count = min(all, end) - first;
+        slot = sequence * a.nchunks + piece * a.per_piece;
         begins = first == 0;
-        ends = all <= a.chunk0 + a.nchunks;
+        ends = all <= end;
+        if (piece > 0) carry_in = slot_of(1 + piece);
+        if (TRANSITION) carry_out = slot_of(2 + piece);
     }
     count = max(count, 0);
 
@@ -392,7 +417,7 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
     const int64_t token = (int64_t)seq.start + (int64_t)first * C;
     x.tokens = seq.len - a.tail - first * C;
     x.v = (const char *)p.v.data + h * p.v.nb[1] + (token + (threadIdx.x >> 4)) * p.v.nb[2] + seq.b * p.v.nb[3] +
-          (blockIdx.x * 64 + (threadIdx.x & 15) * 4) * p.v.nb[0];
+          (column_block * 64 + (threadIdx.x & 15) * 4) * p.v.nb[0];
     char *out = (char *)p.out.data + h * p.out.nb[1] + (token + 2 * t) * p.out.nb[2] + seq.b * p.out.nb[3] +
                 column * p.out.nb[0];
 
@@ -417,12 +442,20 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
         return StateAt{(char *)a.carry + ((int64_t)i * p.Hv + h) * S * S * 4, 4, S * 4};
     };
     float s[S / 8][4];
-    load_fragments<S / 8>(s, begins ? state_at(p, p.state_in, h, seq.row_in) : carry_at(carry_in), column);
+    if (TRANSITION && piece > 0) {
+#pragma unroll
+        for (int n = 0; n < S / 8; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) s[n][j] = identity && n * 8 + 2 * t + (j & 1) == column + (j >> 1) ? 1.0f : 0.0f;
+    } else load_fragments<S / 8>(s, begins ? state_at(p, p.state_in, h, seq.row_in) : carry_at(carry_in), column);
 
     const auto one = [](int) { return make_float2(1, 1); };
     uint32_t sh[S / 16][4], sl[S / 16][4];
     to_operand<PARTS, S / 8>(sh, sl, s, one);
-    float done[C / 8][4]; // outputs of the chunk before, stored while this one's products run
+    // Outputs are stored while the next chunk's products run; at once where registers are short and products do not run by
+    // themselves.
+    constexpr bool LATER = DN_WGMMA;
+    float done[C / 8][4];
     for (int c = 0; c < count; c++) {
         const int stage = c & 1;
         const uint32_t k = x.smem_at + stage * M::STAGE, q = k + PARTS * L::KQ_PART;
@@ -436,12 +469,14 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
         wgmma_fence();
         product_rows<S, C, PARTS, 0, S / 16>(acc, sh, sl, k);
         wgmma_commit();
-        product_rows<S, C, PARTS, 0, S / 32>(o, sh, sl, q);
+        if constexpr (!TRANSITION) product_rows<S, C, PARTS, 0, S / 32>(o, sh, sl, q);
         wgmma_commit();
         if (c > 0) {
             if (c + 1 < count) x.fetch_tiles(stage ^ 1);
-            store_output<C, IO>(p, out, done, x.tokens - (c - 1) * C);
-            out += C * p.out.nb[2];
+            if (LATER && !TRANSITION) {
+                store_output<C, IO>(p, out, done, x.tokens - (c - 1) * C);
+                out += C * p.out.nb[2];
+            }
         }
         cp_async_commit();
         if (c + 1 < count) x.fetch_v(c + 1, stage ^ 1);
@@ -456,7 +491,8 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
         for (int n = 0; n < C / 8; n++) {
             const int i = n * 8 + 2 * t;
             const float2 gamma = x.decays(stage, 0, i);
-            const float2 v0 = x.value(stage, i, warp * 16 + 2 * g), v1 = x.value(stage, i + 1, warp * 16 + 2 * g);
+            float2 v0 = x.value(stage, i, warp * 16 + 2 * g), v1 = x.value(stage, i + 1, warp * 16 + 2 * g);
+            if (identity) v0 = v1 = make_float2(0, 0);
             acc[n][0] = fmaf(-gamma.x, acc[n][0], v0.x);
             acc[n][1] = fmaf(-gamma.y, acc[n][1], v1.x);
             acc[n][2] = fmaf(-gamma.x, acc[n][2], v0.y);
@@ -469,7 +505,7 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
         wgmma_fence();
         product_triangle<S, C, PARTS, true>(u, rh, rl, k + M::T);
         wgmma_commit();
-        product_rows<S, C, PARTS, S / 32, S / 16>(o, sh, sl, q);
+        if constexpr (!TRANSITION) product_rows<S, C, PARTS, S / 32, S / 16>(o, sh, sl, q);
         wgmma_commit();
         wgmma_wait<1>();
         wgmma_touch(u);
@@ -478,21 +514,23 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
         uint32_t uh[C / 16][4], ul[C / 16][4], wh[C / 16][4], wl[C / 16][4];
         to_operand<PARTS, C / 8>(wh, wl, u, [&](int i) { return x.decays(stage, 1, i); });
         wgmma_wait<0>(); // all of Q S: its operands' registers are wanted
-        wgmma_touch(o);
+        if constexpr (!TRANSITION) wgmma_touch(o);
         wgmma_fence();
         product_columns<S, C, PARTS>(ds, wh, wl, k);
         wgmma_commit();
-        to_operand<PARTS, C / 8>(uh, ul, u, one);
+        if constexpr (!TRANSITION) {
+            to_operand<PARTS, C / 8>(uh, ul, u, one);
 #pragma unroll
-        for (int n = 0; n < C / 8; n++) {
-            const float2 gamma = x.decays(stage, 0, n * 8 + 2 * t);
-            o[n][0] *= gamma.x;
-            o[n][1] *= gamma.y;
-            o[n][2] *= gamma.x;
-            o[n][3] *= gamma.y;
+            for (int n = 0; n < C / 8; n++) {
+                const float2 gamma = x.decays(stage, 0, n * 8 + 2 * t);
+                o[n][0] *= gamma.x;
+                o[n][1] *= gamma.y;
+                o[n][2] *= gamma.x;
+                o[n][3] *= gamma.y;
+            }
+            wgmma_fence();
+            product_triangle<S, C, PARTS, false>(o, uh, ul, k + M::P);
         }
-        wgmma_fence();
-        product_triangle<S, C, PARTS, false>(o, uh, ul, k + M::P);
         wgmma_commit();
         const float decay = x.decays(stage, 0, C - 2).y;
         wgmma_wait<1>(); // the increment
@@ -504,15 +542,28 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
         to_operand<PARTS, S / 8>(sh, sl, s, one);
         finish_here<PARTS>(sh, sl, x.smem_at + M::SCRATCH);
         wgmma_wait<0>();
-        wgmma_touch(o);
+        if constexpr (!TRANSITION) wgmma_touch(o);
         __syncthreads(); // this stage is read
+        if constexpr (!TRANSITION) {
 #pragma unroll
-        for (int n = 0; n < C / 8; n++)
+            for (int n = 0; n < C / 8; n++)
 #pragma unroll
-            for (int j = 0; j < 4; j++) done[n][j] = o[n][j] * p.scale;
+                for (int j = 0; j < 4; j++) done[n][j] = o[n][j] * p.scale;
+            if (!LATER) {
+                store_output<C, IO>(p, out, done, x.tokens - c * C);
+                out += C * p.out.nb[2];
+            }
+        }
     }
-    if (count > 0) store_output<C, IO>(p, out, done, x.tokens - (count - 1) * C);
+    if (LATER && !TRANSITION && count > 0) store_output<C, IO>(p, out, done, x.tokens - (count - 1) * C);
     cp_async_wait<0>();
+    if (TRANSITION) {
+        char *at = (char *)(identity ? a.transitions : a.carry);
+        const int64_t index = identity ? (piece - 1) * a.nseq + sequence : carry_out;
+        store_fragments<S / 8>(s, StateAt{at + (index * p.Hv + h) * S * S * 4, 4, S * 4}, column);
+        return;
+    }
+    if (piece + 1 < a.pieces) return; // the next one's state comes from the transitions
     if (!ends) {
         store_fragments<S / 8>(s, carry_at(carry_out), column);
         return;

@@ -10,14 +10,17 @@ typedef struct {
     void *kq;                    // [slot][Hk]: images of K and Q
     void *th;                    // [slot][Hv]: images of T and P, decay vectors
     void *carry;                 // [sequence of the launch][Hv][S][S] f32, key-contiguous: states between slabs
+    void *transitions;           // [piece - 1][sequence of the launch][Hv][S][S] f32: see chunk_join.cuh
     void *state_end;             // [B][Hv][S][S], the same, instead of state_out and snapshots; NULL = not wanted
     int32_t seq0, nseq;          // sequences of this launch (cu_seqlens: all of them)
     int32_t chunk0, nchunks;     // chunks of this slab: of every sequence, or with cu_seqlens of all sequences in a row
     int32_t tail;                // tokens at the end of each sequence that are not this kernel's
-    int32_t carry_in, carry_out; // with cu_seqlens, where one sequence at most is cut by a slab's end: slots of carry
-    int32_t unused;
+    int32_t carry_in, carry_out; // slots of carry, one a sequence; with cu_seqlens, where a slab's end cuts one sequence at
+                                 // most, one in all. Piece q > 0 of a slab has slot 1 + q.
+    int32_t waits;               // whether stage 1 waits for the kernel before it, the caller's: in a call's first launch
+    int32_t pieces, per_piece;   // of this slab's chunks that are scanned side by side, and chunks of one; 1: in one go
 } dn_chunk_args;
-static_assert(sizeof(dn_chunk_args) == 512 + 32 + 32, "chunk args");
+static_assert(sizeof(dn_chunk_args) == 592, "chunk args");
 
 // C: tokens of a chunk; PARTS: 2 for high and low parts, 1 for high parts alone.
 template <int S, int C, int PARTS>

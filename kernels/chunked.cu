@@ -1,8 +1,9 @@
 // The chunked (WY) kernel for prompts: scalar gate, head sizes 64 and 128, sm_80 and newer. See chunk_prepare.cuh and
-// chunk_scan.cuh. Precision, head size, chunk length and the layout of v and out are in the names; src/cuda/chunked.rs
+// chunk_scan.cuh, and chunk_join.cuh for few heads. Precision, head size, chunk length and the layout of v and out are in the names; src/cuda/chunked.rs
 // picks.
 #include "chunk_prepare.cuh"
 #include "chunk_scan.cuh"
+#include "chunk_join.cuh"
 
 // Chunks of 64 tokens need 227 KiB of shared memory a block; the other architectures get chunks of 32. The kernels of the
 // length that is not an architecture's are empty there.
@@ -20,13 +21,24 @@
 #define DN_SCAN(S, C, PARTS, MODE, IO, IO_NAME)                                                                     \
     extern "C" __global__ void __launch_bounds__(128, 1)                                                            \
         dn_chunk_scan_##MODE##_s##S##_c##C##_##IO_NAME(const __grid_constant__ dn_chunk_args a) {                   \
-        if constexpr (C == DN_CHUNK) chunk_scan<S, C, PARTS, IO>(a);                                                \
+        if constexpr (C == DN_CHUNK) chunk_scan<S, C, PARTS, IO, false>(a); \
+    }
+#define DN_TRANSITION(S, C, PARTS, MODE, IO, IO_NAME)                                                               \
+    extern "C" __global__ void __launch_bounds__(128, 1)                                                            \
+        dn_chunk_transition_##MODE##_s##S##_c##C##_##IO_NAME(const __grid_constant__ dn_chunk_args a) {             \
+        if constexpr (C == DN_CHUNK) chunk_scan<S, C, PARTS, IO, true>(a);                                          \
+    }
+#define DN_JOIN(S)                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(2 * S, 1) dn_chunk_join_s##S(const __grid_constant__ dn_chunk_args a) { \
+        chunk_join<S>(a);                                                                                           \
     }
 #define DN_CHUNKED(S, C, PARTS, MODE)                                                                               \
     DN_PREPARE(S, C, PARTS, MODE)                                                                                   \
     DN_SCAN(S, C, PARTS, MODE, IO_F32, f32)                                                                         \
     DN_SCAN(S, C, PARTS, MODE, IO_16, h16)                                                                          \
-    DN_SCAN(S, C, PARTS, MODE, IO_ANY, any)
+    DN_SCAN(S, C, PARTS, MODE, IO_ANY, any)                                                                         \
+    DN_TRANSITION(S, C, PARTS, MODE, IO_F32, f32)                                                                   \
+    DN_TRANSITION(S, C, PARTS, MODE, IO_ANY, any)
 
 DN_CHUNKED(128, 64, 2, exact)
 DN_CHUNKED(128, 64, 1, bf16)
@@ -36,6 +48,8 @@ DN_CHUNKED(128, 32, 2, exact)
 DN_CHUNKED(128, 32, 1, bf16)
 DN_CHUNKED(64, 32, 2, exact)
 DN_CHUNKED(64, 32, 1, bf16)
+DN_JOIN(128)
+DN_JOIN(64)
 
 // src/cuda/chunked.rs computes the same.
 #define DN_SIZES(S, C, PARTS, PREPARE, SCAN, KQ_, TH_)                                                              \

@@ -4,6 +4,12 @@
 #pragma once
 #include "problem.h"
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define DN_SM90 1
+#else
+#define DN_SM90 0
+#endif
+
 // ---- elements ----
 
 __device__ inline int dn_elt_size(int dtype) { return dtype == DN_F32 ? 4 : 2; }
@@ -145,4 +151,19 @@ __device__ inline int dn_snapshot_slot(const P &p, int t, int len) {
     if (t >= last) return -1;
     int slot = p.snapshot_order ? t - max(last - p.n_snapshots, 0) : last - 1 - t;
     return slot < p.n_snapshots ? slot : -1;
+}
+
+// ---- overlapping launches (programmatic dependent launch; nothing without it) ----
+
+// The next kernel of the stream may start.
+__device__ inline void launch_next() {
+#if DN_SM90
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// The previous kernel of the stream is complete.
+__device__ inline void wait_for_previous() {
+#if DN_SM90
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }

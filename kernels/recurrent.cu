@@ -8,7 +8,8 @@
 //     scale * S_new^T q = scale * (a S^T q + d (k.q)),   d = beta (v - a S^T k)
 // so both products of the state are reduced together, once per token.
 //
-// Two kernels share this arithmetic and differ in how they read and write.
+// Two kernels share this arithmetic and differ in how they read and write; recurrent_window.cuh has a third, for more
+// tokens at a time.
 // The fast one takes f32 tensors that can be read 16 bytes at a time and listed head sizes. Each lane reads its share of
 // the next tokens straight into registers while it works on this one: no barrier, no shared memory.
 // For a single token there is a form of it without anything that only loops, snapshots or state rows need: the first load
@@ -152,6 +153,7 @@ __device__ void store_any(const State<X> &s, const dn_state_view &v, char *base,
 
 __device__ inline float sum4(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
 __device__ inline float4 scale4(float4 a, float s) { return make_float4(a.x * s, a.y * s, a.z * s, a.w * s); }
+__device__ inline float4 mul4(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
 __device__ inline float4 decay4(float4 g, float gate_max) {
     return make_float4(dn_decay(g.x, gate_max), dn_decay(g.y, gate_max), dn_decay(g.z, gate_max),
                        dn_decay(g.w, gate_max));
@@ -424,29 +426,35 @@ __device__ void after_token(State<X> &s, const P &p, int t, int len, F save) {
     if (slot >= 0) save(slot);
 }
 
+__device__ inline char *row_at(void *data, const dn_steps &nb, int token, int head, int sequence) {
+    return (char *)data + dn_offset(sequence, nb.sequence) + dn_offset(token, nb.token) + dn_offset(head, nb.head);
+}
+__device__ inline Rows rows_of(const dn_hot &p, const dn_sequence &seq, int kh, int h) {
+    const int t = seq.start;
+    return {row_at(p.q, p.q_nb, t, kh, seq.bq), row_at(p.k, p.k_nb, t, kh, seq.bq),
+            row_at(p.v, p.v_nb, t, h, seq.b),   row_at(p.g, p.g_nb, t, h, seq.b),
+            row_at(p.beta, p.beta_nb, t, h, seq.b), row_at(p.out, p.out_nb, t, h, seq.b)};
+}
+
 template <class X>
 __device__ void recurrent(const dn_fast &f) {
     const int h = blockIdx.y;
     const Lane<X> at(blockIdx.x);
     const dn_hot &p = f.hot;
+    wait_for_previous();
+    launch_next();
 
     for (int b = blockIdx.z; b < p.B; b += gridDim.z) {
         dn_sequence seq = dn_plain_sequence(b, X::ONE ? 1 : p.T);
         if (!X::ONE && !(p.flags & DN_PLAIN)) {
             if (!dn_sequence_of(f.p, b, seq)) continue; // the same for the whole block
         }
-        auto begin = [&](void *data, const dn_steps &nb, int token, int head, int sequence) {
-            return (char *)data + dn_offset(sequence, nb.sequence) + dn_offset(token, nb.token) + dn_offset(head, nb.head);
-        };
         State<X> s;
         zero_state<X>(s);
-        load_vectors<X>(s, begin(p.state_in, p.state_in_nb, 0, h, seq.row_in), p.state_in_nb.token, at);
+        load_vectors<X>(s, row_at(p.state_in, p.state_in_nb, 0, h, seq.row_in), p.state_in_nb.token, at);
 
-        const int kh = dn_key_head(h, p.Hk, p.Hv, p.flags & DN_GROUPED), t0 = seq.start;
-        Rows rows = {begin(p.q, p.q_nb, t0, kh, seq.bq), begin(p.k, p.k_nb, t0, kh, seq.bq),
-                     begin(p.v, p.v_nb, t0, h, seq.b),   begin(p.g, p.g_nb, t0, h, seq.b),
-                     begin(p.beta, p.beta_nb, t0, h, seq.b), begin(p.out, p.out_nb, t0, h, seq.b)};
-        char *const state_out = p.state_out ? begin(p.state_out, p.state_out_nb, 0, h, seq.row_out) : nullptr;
+        Rows rows = rows_of(p, seq, dn_key_head(h, p.Hk, p.Hv, p.flags & DN_GROUPED), h);
+        char *const state_out = p.state_out ? row_at(p.state_out, p.state_out_nb, 0, h, seq.row_out) : nullptr;
 
         Incoming<X> incoming;
         if (seq.len > 0) incoming.load(rows, at);
@@ -467,7 +475,7 @@ __device__ void recurrent(const dn_fast &f) {
             if (!X::ONE && p.flags & DN_EVENTFUL) {
                 after_token<X>(s, p, t, seq.len, [&](int slot) {
                     store_vectors<X>(s,
-                                     begin(p.snapshots, p.snapshots_nb, 0, h, seq.index) +
+                                     row_at(p.snapshots, p.snapshots_nb, 0, h, seq.index) +
                                          dn_offset(slot, p.snapshot_stride),
                                      p.snapshots_nb.token, at);
                 });
@@ -483,6 +491,8 @@ __device__ void recurrent(const dn_problem &p) {
     typename X::Row *const tile = (typename X::Row *)shared_memory;
     const int h = blockIdx.y, column0 = blockIdx.x * X::COLS;
     const Lane<X> at(blockIdx.x);
+    wait_for_previous();
+    launch_next();
 
     for (int b = blockIdx.z; b < p.B; b += gridDim.z) {
         dn_sequence seq;
@@ -532,12 +542,20 @@ __device__ void recurrent(const dn_problem &p) {
 
 } // namespace
 
+#include "recurrent_window.cuh"
+
 #ifndef DN_RECURRENT_VARIANTS
-// KIND is one, fast or any.
+// KIND is one, window, fast or any.
 #define DN_PARAMS_one dn_fast
+#define DN_PARAMS_window dn_fast
 #define DN_PARAMS_fast dn_fast
 #define DN_PARAMS_any dn_problem
+#define DN_BODY_one recurrent
+#define DN_BODY_window recurrent_windows
+#define DN_BODY_fast recurrent
+#define DN_BODY_any recurrent
 #define DN_IS_one true, true
+#define DN_IS_window true, false
 #define DN_IS_fast true, false
 #define DN_IS_any false, false
 #define DN_VALUE_MAJOR_kmajor false
@@ -545,7 +563,7 @@ __device__ void recurrent(const dn_problem &p) {
 #define DN_KERNEL(KIND, S, LAYOUT, GATE, CHANNEL, L, C, W)                                                             \
     extern "C" __global__ void __launch_bounds__(W * 32, 1) dn_recurrent_##KIND##_s##S##_##LAYOUT##_##GATE(            \
         const __grid_constant__ DN_PARAMS_##KIND p) {                                                                  \
-        recurrent<Shape<S, L, C, W, DN_VALUE_MAJOR_##LAYOUT, CHANNEL, DN_IS_##KIND>>(p);                               \
+        DN_BODY_##KIND<Shape<S, L, C, W, DN_VALUE_MAJOR_##LAYOUT, CHANNEL, DN_IS_##KIND>>(p);                               \
     }
 #define DN_RECURRENT(KIND, S, LAYOUT, L, C, W)                                                                         \
     DN_KERNEL(KIND, S, LAYOUT, scalar, false, L, C, W)                                                                 \

@@ -5,7 +5,7 @@
 // order, one m16 slice per warp, B a tile image in shared memory, acc in the m16n8 accumulator order. wgmma and mma.sync
 // agree on both register layouts, so that a kernel is written once for the two of them.
 #pragma once
-#include <stdint.h>
+#include "common.cuh"
 
 // __CUDA_ARCH_FEAT_SM90_ALL is what nvcc defines for sm_90a alone.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -13,11 +13,7 @@
 #else
 #define DN_WGMMA 0
 #endif
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define DN_BULK_COPY 1
-#else
-#define DN_BULK_COPY 0
-#endif
+#define DN_BULK_COPY DN_SM90
 
 // A compile-time integer as an argument.
 template <int N>
@@ -133,21 +129,6 @@ __device__ inline void async_proxy_fence() { asm volatile("fence.proxy.async.sha
 #else
 __device__ inline void async_proxy_fence() {}
 #endif
-
-// ---- overlapping launches (programmatic dependent launch; nothing without it) ----
-
-// The next kernel of the stream may start.
-__device__ inline void launch_next() {
-#if DN_BULK_COPY
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-// The previous kernel of the stream is complete.
-__device__ inline void wait_for_previous() {
-#if DN_BULK_COPY
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // ---- warpgroup products (sm_90a) ----
 

@@ -92,6 +92,34 @@ fn decode_shapes_match_the_oracle() {
     }
 }
 
+/// Prompts of several slabs' worth of chunks, half of them of so few heads that they are scanned in pieces.
+#[test]
+fn long_prompts_match_the_oracle() {
+    let Some((_turn, gpu)) = gpu() else { return };
+    let mut rng = Rng(seed());
+    for at in 0..cases(2000).div_ceil(50) {
+        let head_size = rng.pick(&[32, 64, 128, 128]);
+        let (head_size, tokens) = if at % 2 == 0 { (64 << (at / 2 % 2), 520) } else { (head_size, 200) };
+        let tokens = tokens + rng.below(1000);
+        let wish = Wish {
+            tokens: Some(tokens),
+            head_size: Some(head_size),
+            f32_only: at % 4 < 2,
+            scalar_gate: at % 8 != 7,
+            ..Wish::default()
+        };
+        let mut case = loop {
+            let case = Case::draw(&mut rng, wish);
+            let problem = case.problem();
+            let heads = problem.value_heads() * problem.sequences();
+            if at % 2 == 1 || case.params.cu_seqlens.data.is_null() && heads * head_size <= 1024 {
+                break case;
+            }
+        };
+        check(&gpu, &mut case);
+    }
+}
+
 #[test]
 fn rows_outside_the_pool_are_left_out() {
     let Some((_turn, gpu)) = gpu() else { return };

@@ -265,7 +265,12 @@ impl DnProblem {
 
     /// Whether every sequence is one token, its own number everywhere, with nothing to do but the state and the output.
     pub fn is_single(&self) -> bool {
-        self.tokens == 1 && self.flags & PLAIN != 0 && self.flags & EVENTFUL == 0
+        self.tokens == 1 && self.flags & PLAIN != 0 && !self.is_eventful()
+    }
+
+    /// Whether there are snapshots or a clamp.
+    pub fn is_eventful(&self) -> bool {
+        self.flags & EVENTFUL != 0
     }
 
     /// The same for a fast kernel, if one can take it: f32, all in fours, strides of 32 bits.

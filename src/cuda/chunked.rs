@@ -2,8 +2,10 @@
 //! slabs and the grids. Plain arithmetic on shapes; nothing here talks to a device.
 //!
 //! A prompt runs as pairs of launches, one pair a slab of chunks: `prepare` (P) writes what does not depend on the state
-//! to the workspace, `scan` (S) walks over it with the state. With three buffers in the workspace the order is
-//! P0 P1 S0 P2 S1 P3 S2 ..., and a device that can overlap launches runs each P beside the S before it.
+//! to the workspace, `scan` (S) walks over it with the state. The order is P0 S0 P1 S1 P2 S2 ..., and a device that can
+//! overlap launches runs each P beside the S before it, hence two buffers. Few heads are few blocks: then a slab is cut into
+//! pieces that are scanned side by side, and X and J before each S find out what states the pieces start from
+//! (kernels/chunk_join.cuh).
 
 use super::abi::{DnProblem, VEC_OUT, VEC_V};
 use super::plan::{Arguments, Launch};
@@ -14,8 +16,6 @@ use crate::tensor::Dtype;
 use std::ffi::CStr;
 use std::ffi::c_void;
 
-/// Tokens from which a sequence is a prompt: below, the token-serial kernel is faster.
-pub(crate) const CROSSOVER: usize = 48;
 /// Variable-length batches above this many sequences stay with the token-serial kernel: a block finds its chunk by
 /// walking over them.
 const MOST_RAGGED: usize = 1024;
@@ -25,8 +25,15 @@ const GRID_LIMIT: usize = 65535;
 const COLUMNS: usize = 64;
 /// Blocks that fill a large device: as many sequences go into a slab.
 const FULL: usize = 128;
+/// Blocks of a scan up to which a slab is cut into pieces: with more, the work for that is more than what it saves.
+const FEW: usize = 16;
+/// Chunks that a piece has at least, and a slab that is cut.
+const PIECE: usize = 2;
+const CUT: usize = 8;
+/// Value columns of a block of the join: JOIN_ROWS in its source.
+const JOIN_ROWS: usize = 4;
 /// Buffers of a workspace that holds several slabs.
-const BUFFERS: usize = 3;
+const BUFFERS: usize = 2;
 /// Alignment of everything in the workspace, and what is added so that its start may be anywhere.
 const ALIGN: usize = 256;
 
@@ -38,6 +45,7 @@ pub(crate) struct ChunkArgs {
     kq: *mut c_void,
     th: *mut c_void,
     carry: *mut c_void,
+    transitions: *mut c_void,
     state_end: *mut c_void,
     seq0: i32,
     nseq: i32,
@@ -46,31 +54,37 @@ pub(crate) struct ChunkArgs {
     tail: i32,
     carry_in: i32,
     carry_out: i32,
-    unused: i32,
+    waits: i32,
+    pieces: i32,
+    per_piece: i32,
 }
-const _: () = assert!(size_of::<ChunkArgs>() == 576);
+const _: () = assert!(size_of::<ChunkArgs>() == 592);
 
-/// Where v and out lie: the last part of a scan's name.
-const IO: usize = 3;
+/// Kernels of a configuration: prepare, scans by where v and out lie, transitions by where v lies.
+const KINDS: usize = 6;
+const TRANSITION: usize = 4;
+/// The last part of a scan's name.
 const IO_F32: usize = 0;
 const IO_16: usize = 1;
 const IO_ANY: usize = 2;
 
 #[cfg(any(deltanet_nvcc, test))]
 macro_rules! names {
-    ($(($mode:literal, $s:literal, $c:literal)),+ $(,)?) => {
+    ($(($mode:literal, $s:literal, $c:literal)),+ ; $($join:literal),+) => {
         [$(
             name(concat!("dn_chunk_prepare_", $mode, "_s", $s, "_c", $c, "\0")),
             name(concat!("dn_chunk_scan_", $mode, "_s", $s, "_c", $c, "_f32\0")),
             name(concat!("dn_chunk_scan_", $mode, "_s", $s, "_c", $c, "_h16\0")),
             name(concat!("dn_chunk_scan_", $mode, "_s", $s, "_c", $c, "_any\0")),
-        )+]
+            name(concat!("dn_chunk_transition_", $mode, "_s", $s, "_c", $c, "_f32\0")),
+            name(concat!("dn_chunk_transition_", $mode, "_s", $s, "_c", $c, "_any\0")),
+        )+ $(name(concat!("dn_chunk_join_s", $join, "\0")),)+]
     };
 }
 
-/// Every chunked kernel: a prepare and its scans for each configuration.
+/// Every chunked kernel: those of each configuration, then the joins.
 #[cfg(any(deltanet_nvcc, test))]
-pub(crate) static NAMES: [&CStr; 8 * (1 + IO)] = names![
+pub(crate) static NAMES: [&CStr; JOIN + 2] = names![
     ("exact", 128, 64),
     ("exact", 128, 32),
     ("exact", 64, 64),
@@ -78,8 +92,11 @@ pub(crate) static NAMES: [&CStr; 8 * (1 + IO)] = names![
     ("bf16", 128, 64),
     ("bf16", 128, 32),
     ("bf16", 64, 64),
-    ("bf16", 64, 32),
+    ("bf16", 64, 32);
+    128, 64
 ];
+/// The first join in `NAMES`.
+const JOIN: usize = 8 * KINDS;
 
 #[cfg(any(deltanet_nvcc, test))]
 const fn name(words: &'static str) -> &'static CStr {
@@ -96,14 +113,17 @@ pub(crate) struct Abilities {
     pub chunk: usize,
     /// Bytes of shared memory that a block may have.
     pub shared: usize,
+    /// Multiprocessors.
+    pub processors: usize,
     /// Whether a kernel may start before the one ahead of it is done.
     pub overlap: bool,
 }
 
 impl Abilities {
     /// For kernels compiled for `arch` (90 for sm_90), as kernels/chunked.cu has it.
-    pub fn new(arch: i32, shared: usize, overlap: bool) -> Abilities {
-        Abilities { chunk: if (90..120).contains(&arch) { 64 } else { 32 }, shared, overlap: overlap && arch >= 90 }
+    pub fn new(arch: i32, shared: usize, processors: usize, overlap: bool) -> Abilities {
+        let chunk = if (90..120).contains(&arch) { 64 } else { 32 };
+        Abilities { chunk, shared, processors, overlap: overlap && arch >= 90 }
     }
 }
 
@@ -149,6 +169,11 @@ impl Shape {
         problem.key_heads() * self.kq() + problem.value_heads() * self.th()
     }
 
+    /// Blocks of `prepare` for a chunk of one sequence.
+    fn prepare_blocks(&self, problem: &Problem) -> usize {
+        problem.key_heads() * (problem.value_heads() / problem.key_heads()).div_ceil(2)
+    }
+
     /// Shared memory of `prepare`.
     fn prepare_shared(&self) -> usize {
         let solve = 2 * 2 * self.triangle() + 2 * self.chunk * (self.chunk + 4) * 4 + 2 * self.chunk * 24 * 4;
@@ -172,10 +197,11 @@ pub(crate) fn shared_sizes() -> impl Iterator<Item = usize> {
     let shapes = [2, 1].into_iter().flat_map(|parts| {
         [128, 64].into_iter().flat_map(move |head_size| [64, 32].map(|chunk| Shape { head_size, chunk, parts }))
     });
-    shapes.flat_map(|shape| {
+    let kernels = shapes.flat_map(|shape| {
         let scan = shape.scan_shared();
-        [shape.prepare_shared(), scan, scan, scan]
-    })
+        [shape.prepare_shared(), scan, scan, scan, scan, scan]
+    });
+    kernels.chain([0, 0])
 }
 
 /// Tokens at the end of every sequence that the token-serial kernel does, because states after them are kept. The newest
@@ -196,14 +222,18 @@ pub(crate) struct Chunked {
     pub workspace: usize,
     /// Bytes of it for states between slabs and at the end.
     carry: usize,
+    transitions: usize,
     state_end: usize,
     /// Sequences of a slab.
     group: usize,
+    /// Pieces that a slab is cut into at most.
+    pieces: usize,
 }
 
 impl Chunked {
-    /// None where the token-serial kernel does the whole problem.
-    pub fn new(problem: &Problem) -> Option<Chunked> {
+    /// None where the token-serial kernel does the whole problem: sequences of fewer tokens than a `prompt` has, or what
+    /// there is no chunked kernel for.
+    pub fn new(problem: &Problem, prompt: usize) -> Option<Chunked> {
         let (tokens, sequences, heads) = (problem.tokens(), problem.sequences(), problem.value_heads());
         let (s, tail) = (problem.head_size(), tail(problem));
         let ragged = problem.cu_seqlens.is_some();
@@ -211,7 +241,7 @@ impl Chunked {
         let fits = matches!(s, 64 | 128)
             && !problem.channel_gate()
             && problem.state_clamp() == f32::INFINITY
-            && length >= CROSSOVER
+            && length >= prompt
             && sequences <= if ragged { MOST_RAGGED } else { GRID_LIMIT }
             && heads <= GRID_LIMIT / 2
             // The last tokens' states start from dense rows, where no index can say that a sequence is to be left out.
@@ -221,20 +251,35 @@ impl Chunked {
         }
         let state = heads * s * s * size_of::<f32>();
         let group = if ragged { sequences } else { (FULL / (heads * s / COLUMNS).max(1)).clamp(1, sequences) };
-        let carry = if ragged { 2 } else { group } * state;
+        let blocks = sequences * heads * s / COLUMNS;
+        // A transition has twice a scan's blocks, for all pieces but the last.
+        let pieces = if !ragged && (1..=FEW).contains(&blocks) { 1 + FULL / (2 * blocks) } else { 1 };
+        let carry = match pieces {
+            _ if ragged => 2 * state,
+            1 => group * state,
+            _ => (pieces + 1) * group * state,
+        };
+        let transitions = pieces.saturating_sub(2) * group * state;
         let state_end = if tail > 0 { sequences * state } else { 0 };
-        // 64 MiB with its carry for a sequence of 32 heads of 128 channels; four sequences' worth at most.
-        let several = if ragged { 1 } else { sequences.min(4) };
-        let budget = ((heads << 21).max(32 << 20) * several).saturating_sub(carry + state_end + 5 * ALIGN);
-        let mut chunked = Chunked { tail, workspace: 0, carry, state_end, group };
+        // 64 MiB with its carry for a sequence of 32 heads of 128 channels; five sequences' worth at most, which is 2048
+        // tokens of two, twice.
+        let several = if ragged { 1 } else { sequences.min(5) };
+        let least = if pieces > 1 { 64 << 20 } else { 32 << 20 };
+        let mut chunked = Chunked { tail, workspace: 0, carry, transitions, state_end, group, pieces };
+        let budget = ((heads << 21).max(least) * several).saturating_sub(chunked.states() + 2 * ALIGN);
         for chunk in [64, 32] {
             let shape = Shape::of(problem, chunk);
             let slot = shape.slot(problem);
             let least = BUFFERS * slot * if ragged { 1 } else { group };
             let images = (chunked.slots(problem, chunk) * slot).min(budget.max(least));
-            chunked.workspace = chunked.workspace.max(images + carry.next_multiple_of(ALIGN) + state_end + 4 * ALIGN);
+            chunked.workspace = chunked.workspace.max(images + chunked.states());
         }
         Some(chunked)
+    }
+
+    /// Bytes of the workspace that are not images, with what aligns everything.
+    fn states(&self) -> usize {
+        self.carry.next_multiple_of(ALIGN) + self.transitions.next_multiple_of(ALIGN) + self.state_end + 4 * ALIGN
     }
 
     /// Chunks of a sequence; of all of them where their lengths are not known here, and one more, so that a sequence
@@ -256,6 +301,13 @@ impl Chunked {
         }
     }
 
+    /// Chunks that a device prepares at a time, on the multiprocessors that a scan leaves free.
+    fn wave(&self, problem: &Problem, shape: &Shape, device: &Abilities) -> usize {
+        let scans = self.group * problem.value_heads() * problem.head_size() / COLUMNS;
+        let at_a_time = device.processors.saturating_sub(scans) * if shape.chunk == 64 { 2 } else { 3 };
+        at_a_time / (self.group * shape.prepare_blocks(problem)).max(1)
+    }
+
     /// The launches on `device`, in order. `first_function` is the index of the first of `NAMES` among all kernels;
     /// `workspace` has `self.workspace` bytes.
     pub fn launches<'a>(
@@ -269,16 +321,22 @@ impl Chunked {
         let shape = Shape::of(problem, device.chunk);
         let ragged = problem.cu_seqlens.is_some();
         let (chunks, group) = (self.chunks(problem, shape.chunk), if ragged { 1 } else { self.group });
-        let room =
-            (self.workspace - self.carry.next_multiple_of(ALIGN) - self.state_end - 4 * ALIGN) / shape.slot(problem);
+        let room = (self.workspace - self.states()) / shape.slot(problem);
         let groups = if ragged { 1 } else { problem.sequences().div_ceil(group) };
-        let buffers = if groups == 1 && chunks * group <= room { 1 } else { BUFFERS };
-        let per_slab = (room / buffers / group).clamp(1, chunks.max(1));
+        let wave = self.wave(problem, &shape, device);
+        let one = groups == 1 && chunks * group <= room;
+        let buffers = if one && (ragged || !device.overlap || wave == 0 || chunks <= 2 * wave) { 1 } else { BUFFERS };
+        let mut most = (room / buffers / group).clamp(1, chunks.max(1));
+        if buffers > 1 && wave > 0 {
+            most = most.min(2 * wave); // a prepare beside each scan in two waves; more only delay the first scan
+        }
+        let per_slab = chunks.div_ceil(chunks.div_ceil(most).max(1)).max(1);
         let at = |bytes: usize| workspace.wrapping_byte_add(workspace.align_offset(ALIGN)).wrapping_byte_add(bytes);
         let slots = buffers * per_slab * group;
         let th = (slots * problem.key_heads() * shape.kq()).next_multiple_of(ALIGN);
         let carry = (th + slots * problem.value_heads() * shape.th()).next_multiple_of(ALIGN);
-        let end = carry + self.carry.next_multiple_of(ALIGN);
+        let transitions = carry + self.carry.next_multiple_of(ALIGN);
+        let end = transitions + self.transitions.next_multiple_of(ALIGN);
         let in_fours = arguments.flags & (VEC_V | VEC_OUT) == VEC_V | VEC_OUT;
         let half = |dtype| dtype != Dtype::F32;
         let io = match (in_fours, half(problem.v.dtype), half(problem.out.dtype)) {
@@ -296,9 +354,11 @@ impl Chunked {
             slabs_of_group: chunks.div_ceil(per_slab),
             slabs: groups * chunks.div_ceil(per_slab),
             ragged,
-            overlap: device.overlap,
-            prepare: first_function + shape.index() * (1 + IO),
-            scan: first_function + shape.index() * (1 + IO) + 1 + io,
+            pieces: self.pieces,
+            prepare: first_function + shape.index() * KINDS,
+            scan: first_function + shape.index() * KINDS + 1 + io,
+            transition: first_function + shape.index() * KINDS + TRANSITION + usize::from(io != IO_F32),
+            join: first_function + JOIN + usize::from(shape.head_size != 128),
             kq: at(0),
             th: at(th),
             arguments: ChunkArgs {
@@ -306,6 +366,7 @@ impl Chunked {
                 kq: at(0),
                 th: at(th),
                 carry: at(carry),
+                transitions: at(transitions),
                 state_end: if self.state_end > 0 { at(end) } else { std::ptr::null_mut() },
                 seq0: 0,
                 nseq: 0,
@@ -314,7 +375,9 @@ impl Chunked {
                 tail: self.tail as i32,
                 carry_in: 0,
                 carry_out: 0,
-                unused: 0,
+                waits: 0,
+                pieces: 1,
+                per_piece: 0,
             },
             next: 0,
         }
@@ -346,9 +409,11 @@ pub(crate) struct Launches<'a> {
     slabs_of_group: usize,
     slabs: usize,
     ragged: bool,
-    overlap: bool,
+    pieces: usize,
     prepare: usize,
     scan: usize,
+    transition: usize,
+    join: usize,
     kq: *mut c_void,
     th: *mut c_void,
     arguments: ChunkArgs,
@@ -363,6 +428,9 @@ impl Launches<'_> {
         let nseq = if self.ragged { self.problem.sequences() } else { self.group.min(self.problem.sequences() - seq0) };
         let nchunks = self.per_slab.min(self.chunks - chunk0);
         let first = slab % self.buffers * self.per_slab * self.group;
+        let two = self.ragged || self.pieces > 1;
+        let per_piece =
+            if self.pieces > 1 && nchunks >= CUT { nchunks.div_ceil(self.pieces).max(PIECE) } else { nchunks };
         let arguments = ChunkArgs {
             kq: self.kq.wrapping_byte_add(first * self.problem.key_heads() * self.shape.kq()),
             th: self.th.wrapping_byte_add(first * self.problem.value_heads() * self.shape.th()),
@@ -370,8 +438,11 @@ impl Launches<'_> {
             nseq: nseq as i32,
             chunk0: chunk0 as i32,
             nchunks: nchunks as i32,
-            carry_in: (slab % 2) as i32,
-            carry_out: ((slab + 1) % 2) as i32,
+            carry_in: if two { slab % 2 } else { 0 } as i32,
+            carry_out: if two { (slab + 1) % 2 } else { 0 } as i32,
+            waits: i32::from(slab == 0),
+            pieces: nchunks.div_ceil(per_piece) as i32,
+            per_piece: per_piece as i32,
             ..self.arguments
         };
         (arguments, if self.ragged { nchunks } else { nchunks * nseq })
@@ -379,26 +450,49 @@ impl Launches<'_> {
 
     fn launch_prepare(&self, slab: usize) -> Launch {
         let (arguments, slots) = self.slab(slab);
-        let pairs = (self.problem.value_heads() / self.problem.key_heads()).div_ceil(2);
         Launch {
             function: self.prepare,
-            grid: [slots as u32, (self.problem.key_heads() * pairs) as u32, 1],
+            grid: [slots as u32, self.shape.prepare_blocks(self.problem) as u32, 1],
             threads: 4 * self.shape.chunk as u32,
             shared: self.shape.prepare_shared() as u32,
-            overlap: self.overlap && slab > 0,
+            // The first has to wait for all that came before the call. Launched ahead it would do so two blocks to a
+            // multiprocessor, beside the caller's kernel: worse than late, unless its blocks are few.
+            overlap: slab > 0 || self.pieces > 1,
+            arguments: Arguments::Chunk(arguments),
+        }
+    }
+
+    /// A scan or a transition: blocks for `columns` value columns and `pieces` of a slab.
+    fn launch_blocks(&self, function: usize, columns: usize, pieces: i32, arguments: ChunkArgs) -> Launch {
+        Launch {
+            function,
+            grid: [(columns / COLUMNS) as u32, self.problem.value_heads() as u32, (arguments.nseq * pieces) as u32],
+            threads: 128,
+            shared: self.shape.scan_shared() as u32,
+            overlap: true,
             arguments: Arguments::Chunk(arguments),
         }
     }
 
     fn launch_scan(&self, slab: usize) -> Launch {
         let (arguments, _) = self.slab(slab);
-        let columns = (self.problem.head_size() / COLUMNS) as u32;
+        self.launch_blocks(self.scan, self.problem.head_size(), arguments.pieces, arguments)
+    }
+
+    fn launch_transition(&self, slab: usize) -> Launch {
+        let (arguments, _) = self.slab(slab);
+        self.launch_blocks(self.transition, 2 * self.problem.head_size(), arguments.pieces - 1, arguments)
+    }
+
+    fn launch_join(&self, slab: usize) -> Launch {
+        let (arguments, _) = self.slab(slab);
+        let s = self.problem.head_size();
         Launch {
-            function: self.scan,
-            grid: [columns, self.problem.value_heads() as u32, arguments.nseq as u32],
-            threads: 128,
-            shared: self.shape.scan_shared() as u32,
-            overlap: self.overlap,
+            function: self.join,
+            grid: [(s / JOIN_ROWS) as u32, self.problem.value_heads() as u32, arguments.nseq as u32],
+            threads: 2 * s as u32,
+            shared: 0,
+            overlap: true,
             arguments: Arguments::Chunk(arguments),
         }
     }
@@ -408,15 +502,20 @@ impl Iterator for Launches<'_> {
     type Item = Launch;
 
     fn next(&mut self) -> Option<Launch> {
-        // P0, P1 S0, P2 S1, ..., and the last S.
-        let step = self.next;
-        self.next += 1;
-        match step {
-            0 => Some(self.launch_prepare(0)),
-            _ if step >= 2 * self.slabs => None,
-            _ if step == 2 * self.slabs - 1 => Some(self.launch_scan(self.slabs - 1)),
-            _ if step % 2 == 1 => Some(self.launch_prepare(step / 2 + 1)),
-            _ => Some(self.launch_scan(step / 2 - 1)),
+        loop {
+            let (slab, phase) = (self.next / 4, self.next % 4);
+            self.next += 1;
+            if slab >= self.slabs {
+                return None;
+            }
+            let pieces = self.slab(slab).0.pieces;
+            match phase {
+                0 => return Some(self.launch_prepare(slab)),
+                1 if pieces > 1 => return Some(self.launch_transition(slab)),
+                2 if pieces > 2 => return Some(self.launch_join(slab)),
+                3 => return Some(self.launch_scan(slab)),
+                _ => {}
+            }
         }
     }
 }
@@ -424,12 +523,13 @@ impl Iterator for Launches<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cuda::plan::PROMPT;
     use crate::params::Params;
     use crate::problem::Place;
     use crate::tensor::Tensor;
 
-    const HOPPER: Abilities = Abilities { chunk: 64, shared: 232448, overlap: true };
-    const ADA: Abilities = Abilities { chunk: 32, shared: 101376, overlap: false };
+    const HOPPER: Abilities = Abilities { chunk: 64, shared: 232448, processors: 132, overlap: true };
+    const ADA: Abilities = Abilities { chunk: 32, shared: 101376, processors: 128, overlap: false };
 
     struct Case {
         s: usize,
@@ -494,7 +594,7 @@ mod tests {
     }
 
     fn launches(problem: &Problem, device: &Abilities) -> (Chunked, Vec<Launch>) {
-        let chunked = Chunked::new(problem).expect("a prompt");
+        let chunked = Chunked::new(problem, PROMPT).expect("a prompt");
         let arguments = DnProblem::of(problem, false).expect("small numbers");
         let all = chunked.launches(problem, arguments, device, 100, 0x1000_0010 as *mut c_void).collect();
         (chunked, all)
@@ -504,6 +604,14 @@ mod tests {
         match launch.arguments {
             Arguments::Chunk(arguments) => arguments,
             _ => panic!("not a chunked kernel"),
+        }
+    }
+
+    /// 0 for a prepare, 1 for a scan, 2 for a transition, 3 for a join.
+    fn kind(launch: &Launch) -> usize {
+        match launch.function - 100 {
+            function if function >= JOIN => 3,
+            function => [0, 1, 1, 1, 2, 2][function % KINDS],
         }
     }
 
@@ -543,9 +651,9 @@ mod tests {
 
     #[test]
     fn a_sequence_of_any_length_needs_no_more_than_64_mib() {
-        for t in [CROSSOVER, 100, 2048, 4096, 32768, 1 << 20] {
+        for t in [PROMPT, 100, 2048, 4096, 32768, 1 << 20] {
             for precision in [Precision::Exact, Precision::Bf16] {
-                let chunked = Chunked::new(&Case { t, precision, ..CASE }.problem()).expect("a prompt");
+                let chunked = Chunked::new(&Case { t, precision, ..CASE }.problem(), PROMPT).expect("a prompt");
                 assert!(chunked.workspace <= 64 << 20, "{t} tokens: {}", chunked.workspace);
             }
         }
@@ -563,6 +671,8 @@ mod tests {
             Case { t: 3000, b: 5, s: 64, hk: 3, hv: 9, ..CASE },
             Case { t: 70, b: 40, hv: 16, precision: Precision::Bf16, ..CASE },
             Case { t: 9000, snapshots: 5, ..CASE },
+            Case { t: 64 * 16, hk: 1, hv: 1, ..CASE },
+            Case { t: 4000, hk: 2, hv: 4, s: 64, b: 2, ..CASE },
         ];
         for case in &cases {
             for device in [HOPPER, ADA] {
@@ -583,9 +693,20 @@ mod tests {
                     assert!(a.nchunks > 0 && a.nseq > 0);
                     let end = a.th as usize + (a.nchunks * a.nseq) as usize * case.hv * shape.th();
                     assert!(end <= a.carry as usize && range(launch).1 <= a.th as usize);
-                    assert!(a.carry as usize + chunked.carry + chunked.state_end <= 0x1000_0010 + chunked.workspace);
+                    let states = a.carry as usize + chunked.carry + chunked.transitions + chunked.state_end;
+                    assert!(states <= 0x1000_0010 + chunked.workspace);
+                    if a.pieces > 1 {
+                        // Slots 0 and 1, one for every piece after the first; transitions of all but the first and last.
+                        let state = a.nseq as usize * case.hv * case.s * case.s * 4;
+                        assert!((a.pieces as usize + 1) * state <= chunked.carry && a.carry_in != a.carry_out);
+                        assert!((a.pieces as usize - 2) * state <= chunked.transitions);
+                        assert!((a.pieces - 1) * a.per_piece < a.nchunks && a.nchunks <= a.pieces * a.per_piece);
+                    }
+                    if ![0, 1].contains(&kind(launch)) {
+                        continue;
+                    }
                     assert!(launch.grid[1] <= 65535 && launch.grid[2] <= 65535);
-                    if launch.threads != 128 || launch.grid[2] == 1 && !prepared.contains(&key) {
+                    if kind(launch) == 0 {
                         prepared.push(key);
                         assert_eq!(launch.grid[0], (a.nchunks * a.nseq) as u32);
                         // The two launches ahead may still be running.
@@ -602,9 +723,35 @@ mod tests {
                     }
                 }
                 assert!(next.iter().all(|n| *n as usize == chunks));
-                assert!(!all[0].overlap);
+                assert!(all[1..].iter().all(|launch| launch.overlap) && arguments(&all[0]).waits == 1);
             }
         }
+    }
+
+    #[test]
+    fn slabs_are_alike() {
+        let grids = |case: &Case| {
+            let (_, all) = launches(&case.problem(), &HOPPER);
+            all.iter().filter(|launch| kind(launch) == 0).map(|launch| launch.grid[0]).collect::<Vec<_>>()
+        };
+        // 14 chunks fit twice. (132 - 64) multiprocessors have room for 8 chunks of 16 blocks at a time.
+        assert_eq!(grids(&CASE), [13, 13, 13, 13, 12]);
+        assert_eq!(grids(&Case { t: 2048, ..CASE }), [11, 11, 10]);
+        assert_eq!(grids(&Case { t: 1024, ..CASE }), [16]);
+        assert_eq!(grids(&Case { precision: Precision::Bf16, ..CASE }), [16, 16, 16, 16]);
+    }
+
+    #[test]
+    fn few_heads_are_scanned_in_pieces() {
+        let kinds = |case: &Case| launches(&case.problem(), &HOPPER).1.iter().map(kind).collect::<Vec<_>>();
+        assert_eq!(kinds(&Case { hk: 2, hv: 4, ..CASE }), [0, 2, 3, 1]);
+        assert_eq!(kinds(&Case { hk: 2, hv: 4, t: 400, ..CASE }), [0, 1], "too short");
+        assert_eq!(kinds(&Case { t: 1024, ..CASE }), [0, 1], "enough heads");
+        let (_, all) = launches(&Case { hk: 2, hv: 4, ..CASE }.problem(), &HOPPER);
+        // 64 chunks in 8 pieces.
+        assert_eq!(all[1].grid, [4, 4, 7]);
+        assert_eq!(all[2].grid, [32, 4, 1]);
+        assert_eq!(all[3].grid, [2, 4, 8]);
     }
 
     #[test]
@@ -625,15 +772,16 @@ mod tests {
 
     #[test]
     fn what_the_chunked_kernels_do_not_take() {
-        let takes = |case: &Case| Chunked::new(&case.problem()).is_some();
+        let takes = |case: &Case| Chunked::new(&case.problem(), PROMPT).is_some();
         assert!(takes(&CASE));
-        assert!(!takes(&Case { t: CROSSOVER - 1, ..CASE }));
+        assert!(!takes(&Case { t: PROMPT - 1, ..CASE }));
         assert!(!takes(&Case { s: 32, ..CASE }));
         assert!(!takes(&Case { t: 50, snapshots: 4, ..CASE }), "too few tokens before the snapshots");
         assert!(!takes(&Case { ragged: true, snapshots: 2, ..CASE }));
         assert!(takes(&Case { ragged: true, snapshots: 1, ..CASE }));
         assert!(!takes(&Case { ragged: true, b: 400, ..CASE }), "short sequences");
-        let tail = |snapshots, skip| Chunked::new(&Case { snapshots, skip, ..CASE }.problem()).expect("a prompt").tail;
+        let tail =
+            |snapshots, skip| Chunked::new(&Case { snapshots, skip, ..CASE }.problem(), PROMPT).expect("a prompt").tail;
         assert_eq!([tail(0, 0), tail(1, 0), tail(1, 1), tail(4, 0), tail(4, 1)], [0, 0, 2, 4, 5]);
     }
 }

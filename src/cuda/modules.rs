@@ -163,13 +163,17 @@ fn load(driver: &Driver, image: &Image, functions: &mut Vec<Loaded>) -> Result<(
 fn chunked_abilities(driver: &Driver, device: CUdevice, functions: &[Loaded]) -> Result<Option<Abilities>> {
     let Some(first) = functions.first() else { return Ok(None) };
     let arch = attribute(driver, Function::CU_FUNC_ATTRIBUTE_PTX_VERSION, first.0)?;
-    let (mut shared, mut version) = (0, 0);
+    let (mut shared, mut processors, mut version) = (0, 0, 0);
     let optin = Device::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
     // SAFETY: both are writable; a bad device is an error code.
     driver.check(unsafe { (driver.device_attribute)(&mut shared, optin as u32, device) }, "cuDeviceGetAttribute")?;
+    let count = Device::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+    // SAFETY: as above.
+    let code = unsafe { (driver.device_attribute)(&mut processors, count as u32, device) };
+    driver.check(code, "cuDeviceGetAttribute")?;
     // SAFETY: as above.
     driver.check(unsafe { (driver.version)(&mut version) }, "cuDriverGetVersion")?;
-    let abilities = Abilities::new(arch, shared as usize, version >= OVERLAP);
+    let abilities = Abilities::new(arch, shared as usize, processors as usize, version >= OVERLAP);
     if !chunked::fits(&abilities) {
         return Ok(None);
     }
@@ -226,8 +230,7 @@ fn attribute(driver: &Driver, attribute: Function, function: CUfunction) -> Resu
 
 #[cfg(test)]
 mod tests {
-    /// A spilled register is a trip to memory in the innermost loop. Looked at for the architectures that the kernels
-    /// are tuned for and the one with the fewest registers a thread may be given in practice.
+    /// A spilled register is a trip to memory in the innermost loop. One kernel for odd strides has two on sm_120.
     #[cfg(deltanet_nvcc)]
     #[test]
     fn kernels_do_not_spill() {
@@ -241,13 +244,13 @@ mod tests {
                 if line.contains("Compiling entry function") {
                     kernel = line;
                 }
-                let tuned = kernel.contains("'sm_90a'") || kernel.contains("'sm_86'");
-                if tuned && line.contains("spill stores") {
+                let odd = kernel.contains("'dn_chunk_scan_exact_s128_c32_any' for 'sm_120'");
+                if line.contains("spill stores") && !odd {
                     looked_at += 1;
                     assert!(line.contains(" 0 bytes spill stores, 0 bytes spill loads"), "{kernel}: {line}");
                 }
             }
-            assert!(looked_at >= kernels, "{looked_at} kernels in the log");
+            assert!(looked_at >= kernels - 1, "{looked_at} kernels in the log");
         }
     }
 

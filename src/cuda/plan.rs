@@ -12,6 +12,8 @@ use std::fmt;
 enum Kind {
     /// A single token of plain sequences, f32 in fours, no snapshots, no clamp.
     One,
+    /// More than a few tokens, f32 in fours, no snapshots, no clamp.
+    Window,
     /// f32 in fours.
     Fast,
     /// Everything.
@@ -33,6 +35,15 @@ pub(crate) struct Shape {
 
 /// Every token-serial kernel.
 pub(crate) static SHAPES: &[Shape] = include!(concat!(env!("OUT_DIR"), "/recurrent_shapes.rs"));
+
+/// Tokens a sequence from which the kernel for windows is faster than the one that goes token by token.
+const WINDOWED: usize = 5;
+
+/// Tokens a sequence from which the chunked kernels are faster than the token-serial ones. Those in windows come closer,
+/// as long as their blocks are all on the device at once: up to two on each multiprocessor of a large one.
+pub(super) const PROMPT: usize = 48;
+const PROMPT_OF_FEW: usize = 112;
+const FEW_BLOCKS: usize = 264;
 
 /// Tokens that a general kernel stages in shared memory at a time.
 const TILE: usize = 8;
@@ -114,11 +125,15 @@ impl Plan {
         let value_contiguous = value_contiguous(problem);
         let mut any = DnProblem::of(problem, value_contiguous)?;
         let fast = any.fast();
+        let length =
+            if problem.cu_seqlens.is_some() { problem.tokens() / problem.sequences().max(1) } else { problem.tokens() };
+        let windowed = fast.is_some() && !any.is_eventful() && length >= WINDOWED;
         let fits = |shape: &&Shape| {
             shape.value_contiguous == value_contiguous
                 && shape.channel_gate == problem.channel_gate()
                 && match shape.kind {
                     Kind::One => any.is_single() && fast.is_some() && shape.head_size == s,
+                    Kind::Window => windowed && shape.head_size == s,
                     Kind::Fast => fast.is_some() && shape.head_size == s,
                     Kind::Any => shape.head_size >= s,
                 }
@@ -148,10 +163,14 @@ impl Plan {
             grid: grid.map(|blocks| blocks as u32),
             threads: shape.threads() as u32,
             shared: shared as u32,
-            overlap: false,
+            overlap: true,
             arguments,
         };
-        let chunked = Chunked::new(problem);
+        let prompt = match shape.kind {
+            Kind::Window if grid[0] * heads * problem.sequences() <= FEW_BLOCKS => PROMPT_OF_FEW,
+            _ => PROMPT,
+        };
+        let chunked = Chunked::new(problem, prompt);
         Ok(Plan { launch: Some(launch), chunked, workspace: chunked.map_or(0, |chunked| chunked.workspace) })
     }
 }

@@ -85,7 +85,8 @@ pub unsafe fn run(problem: &Problem, workspace: *mut c_void, workspace_size: usi
 fn enqueue(prepared: &Prepared, mut launch: Launch, stream: *mut c_void) -> Result<()> {
     let driver = driver()?;
     let ([x, y, z], threads, shared) = (launch.grid, launch.threads, launch.shared);
-    let (function, overlap) = (prepared.function(launch.function), launch.overlap);
+    let function = prepared.function(launch.function);
+    let overlap = launch.overlap && prepared.chunked.is_some_and(|device| device.overlap);
     let mut arguments = [launch.argument()];
     let (arguments, none) = (arguments.as_mut_ptr(), std::ptr::null_mut());
     if !overlap {

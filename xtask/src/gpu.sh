@@ -47,5 +47,8 @@ bench --tokens 16 --seqs 1 --gate channel --in-place
 bench --tokens 1,16 --seqs 1,32 --layout value --in-place
 bench --tokens 1,16 --head-size 64,256 --in-place
 bench --tokens 2048 --seqs 8 --in-place
+bench --tokens 32768 --in-place
+bench --tokens 4096,32768 --heads 2/4 --in-place
+bench --tokens 64,512,2048,4096 --precision bf16 --in-place
 echo "bench: $(wc -l <"$results/bench.json") lines in $results/bench.json"
 exit "$failed"

@@ -62,7 +62,7 @@ impl Report {
 }
 
 /// Longest time of one process: some of them run many threads on few processors, beside other work.
-const LIMIT: Duration = Duration::from_secs(420);
+const LIMIT: Duration = Duration::from_secs(900);
 
 /// The library that lets many spinning threads share few processors; see its source.
 fn turns() -> Result<PathBuf> {

@@ -14,6 +14,7 @@ mod hosts;
 mod ik;
 mod install;
 mod links;
+mod mutants;
 mod nightly;
 mod nvcc;
 mod python;
@@ -97,6 +98,8 @@ enum Task {
     Sanitize(sanitize::Options),
     /// Measure the lines that tests execute where other people's numbers come in.
     Coverage,
+    /// Change the validator and the plan in every small way, and see whether a test notices.
+    Mutants(mutants::Options),
 }
 
 fn main() -> ExitCode {
@@ -133,5 +136,6 @@ fn run(task: Task) -> Result<()> {
         Task::Fuzz(options) => fuzz::fuzz(&options),
         Task::Sanitize(options) => sanitize::sanitize(&options),
         Task::Coverage => coverage::coverage(),
+        Task::Mutants(options) => mutants::mutants(&options),
     }
 }

@@ -1,0 +1,134 @@
+//! `cargo xtask mutants`: whether the tests notice when a rule of the validator or a choice of the plan is changed.
+//!
+//! cargo-mutants changes one operator, value or arm at a time. It does not look into macros, where most rules are
+//! (`ensure!`), so that it works on a copy of the tree in which they are written out.
+
+use crate::command::{output, run, workspace};
+use crate::nightly;
+use anyhow::{Context, Result};
+use clap::Args;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const CARGO_MUTANTS: &str = "27.1.0";
+
+/// What is changed.
+const FILES: &[&str] = &["src/problem.rs", "src/plan.rs"];
+
+/// Which mutants, and which tests.
+#[derive(Args)]
+pub struct Options {
+    /// A part of all mutants, such as 0/4.
+    #[arg(long)]
+    shard: Option<String>,
+    /// Leave out what an earlier run on the same tree caught.
+    #[arg(long)]
+    iterate: bool,
+    /// Test binaries beside the library's own tests.
+    #[arg(default_values = ["validation", "rows"])]
+    tests: Vec<String>,
+}
+
+/// Makes the copy and runs cargo-mutants in it; a survivor fails.
+pub fn mutants(options: &Options) -> Result<()> {
+    let cargo_mutants = nightly::tool("cargo-mutants", CARGO_MUTANTS)?;
+    let copy = copy(&options.tests)?;
+    let mut command = Command::new(cargo_mutants);
+    command.current_dir(&copy).args(["mutants", "--in-place", "--no-shuffle", "--package", "deltanet"]);
+    command.args(["--no-default-features", "--baseline=skip", "--timeout=120", "--build-timeout=600", "--output"]);
+    command.arg(workspace().join("target/mutants")).args(FILES.iter().flat_map(|file| ["--file", file]));
+    command.args(options.shard.iter().flat_map(|shard| ["--shard", shard]));
+    if options.iterate {
+        command.arg("--iterate");
+    }
+    command.args(["--", "--lib"]).args(options.tests.iter().flat_map(|test| ["--test", test]));
+    // Kernels are built and hardly run: compiling them is what takes the time.
+    command.env("CARGO_PROFILE_DEV_OPT_LEVEL", "0").env("CARGO_PROFILE_DEV_DEBUG", "0");
+    command.env("DELTANET_TEST_CASES", "60").env_remove("CARGO").env_remove("CARGO_TARGET_DIR");
+    run(&mut command)
+}
+
+/// The tracked files as they are, without `ensure!` in the files of interest, and without tests that are not to run.
+fn copy(tests: &[String]) -> Result<PathBuf> {
+    let copy = workspace().join("target/mutants/tree");
+    for file in output(Command::new("git").arg("ls-files").current_dir(workspace()))?.lines() {
+        let (from, to) = (workspace().join(file), copy.join(file));
+        let test = file.strip_prefix("tests/").and_then(|file| file.strip_suffix(".rs"));
+        if test.is_some_and(|test| !test.contains('/') && tests.iter().all(|wanted| wanted != test)) {
+            let _ = fs::remove_file(&to);
+            continue;
+        }
+        let Ok(mut content) = fs::read(&from) else { continue };
+        if FILES.contains(&file) {
+            content = written_out(&String::from_utf8(content)?).with_context(|| file.to_owned())?.into_bytes();
+        }
+        if file == "Cargo.toml" {
+            // The tests need no shared library, and linking it takes as long as compiling.
+            let manifest = String::from_utf8(content)?;
+            content = manifest.replace(r#"["cdylib", "staticlib", "rlib"]"#, r#"["rlib"]"#).into_bytes();
+        }
+        // What has not changed keeps its time, so that cargo need not build it anew.
+        if fs::read(&to).ok().as_ref() != Some(&content) {
+            fs::create_dir_all(to.parent().unwrap_or(Path::new(".")))?;
+            fs::write(&to, content)?;
+        }
+    }
+    Ok(copy)
+}
+
+/// `ensure!(rule, Status, words)` becomes `if !(rule) { return Err(...) }`.
+fn written_out(source: &str) -> Result<String> {
+    const MACRO: &str = "ensure!(";
+    let (mut done, mut rest) = (String::new(), source);
+    while let Some(at) = rest.find(MACRO) {
+        let (before, call) = rest.split_at(at);
+        let call = &call[MACRO.len()..];
+        let (commas, end) = arguments(call).context("an ensure! does not end")?;
+        let [first, second, ..] = commas[..] else { anyhow::bail!("an ensure! has too few arguments") };
+        let (rule, status, words) = (&call[..first], call[first + 1..second].trim(), &call[second + 1..end]);
+        done += before;
+        done += &format!(
+            "if !({rule}) {{ return Err(crate::error::Error::compose(crate::error::Status::{status}, format_args!({words}))); }}"
+        );
+        rest = call[end + 1..].strip_prefix(';').unwrap_or(&call[end + 1..]);
+    }
+    Ok((done + rest)
+        .replace("use crate::error::{Error, Result, Status, ensure};", "use crate::error::{Error, Result, Status};")
+        .replace("use crate::error::{Result, ensure};", "use crate::error::Result;"))
+}
+
+/// Where the commas between a call's arguments are, and its closing parenthesis.
+fn arguments(call: &str) -> Option<(Vec<usize>, usize)> {
+    let (mut depth, mut in_words, mut escaped, mut commas) = (0, false, false, Vec::new());
+    for (at, byte) in call.bytes().enumerate() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = true,
+            b'"' => in_words = !in_words,
+            _ if in_words => (),
+            b'(' | b'[' | b'{' => depth += 1,
+            b')' if depth == 0 => return Some((commas, at)),
+            b')' | b']' | b'}' => depth -= 1,
+            b',' if depth == 0 => commas.push(at),
+            _ => (),
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::written_out;
+
+    #[test]
+    fn rules_are_written_out() {
+        let written = written_out("a;\nensure!(f(1, 2) < 3, Shape, \"{x}, ) {}\", y[0]);\nb").expect("it ends");
+        assert_eq!(
+            written,
+            "a;\nif !(f(1, 2) < 3) { return Err(crate::error::Error::compose(crate::error::Status::Shape, \
+             format_args!( \"{x}, ) {}\", y[0]))); }\nb"
+        );
+        assert!(written_out("ensure!(true, Shape").is_err());
+    }
+}

@@ -419,6 +419,14 @@ fn rows() {
     assert!(
         words(judge_rows(&[0, 1, 2, 3], &[1, 2, 3, 4], 10, true)).contains("rows_out[0] is 1, which sequence 1 reads")
     );
+    // Written rows are gone through 4096 at a time: the last of a window, the first of the next one, and far ones.
+    for far in [4095, 4096, 4097, 9999] {
+        assert_eq!(judge_rows(&[0, 1, 2, 3], &[far, 0, 2, 3], 10_000, false), Ok(()));
+        let twice = words(judge_rows(&[0, 1, 2, 3], &[far, 0, 2, far], 10_000, false));
+        assert!(twice.starts_with(&format!("rows_out[3] is {far}, as is rows_out[0]")), "{twice}");
+        let crossed = words(judge_rows(&[far, 1, 2, 3], &[0, far, 2, 3], 10_000, true));
+        assert!(crossed.contains(&format!("rows_out[1] is {far}, which sequence 0 reads")), "{crossed}");
+    }
     changed(Status::Shape, "rows_in.ne[0] is 3", |p| p.rows_in = index(&[0, 1, 2]));
     changed(Status::Shape, "rows_out.ne[0] is 5", |p| p.rows_out = index(&[0, 1, 2, 3, 4]));
     changed(Status::NullPointer, "state_out.data", |p| {
@@ -490,6 +498,24 @@ fn plans() {
     let words = plan.to_string();
     for part in ["recurrent", "scalar", &plan.columns().to_string(), &plan.tasks().to_string()] {
         assert!(words.contains(part), "{words} lacks {part}");
+    }
+    // Prompts go through the chunked kernel from some length on, unless each channel has its gate.
+    let plan_of = |change: &dyn Fn(&mut Params), tokens| {
+        let mut p = params(Shape { t: tokens, ..SHAPE });
+        change(&mut p);
+        let problem = taken(&p);
+        let plan = Plan::new(&problem, Isa::Scalar).expect("scalar code runs anywhere");
+        (plan.is_chunked(&problem), plan)
+    };
+    let first = (1..=200).find(|tokens| plan_of(&|_| (), *tokens).0).expect("some prompt is long enough");
+    assert!(first > 1 && (1..=200).all(|tokens| plan_of(&|_| (), tokens).0 == (tokens >= first)));
+    let (_, plan) = plan_of(&|_| (), first);
+    assert!(plan.chunk() > 1 && plan.to_string().contains(&format!("below {first} tokens")), "{plan}");
+    assert!(plan.to_string().contains(&format!("by {} tokens", plan.chunk())), "{plan}");
+    let channels = |p: &mut Params| p.g = Tensor::dense(p.g.data, Dtype::F32, [32, 4, p.g.ne[2], 4]);
+    for tokens in [1, first, 200] {
+        let (chunked, plan) = plan_of(&channels, tokens);
+        assert!(!chunked && plan.chunk() == 0 && !plan.to_string().contains("chunked"), "{plan}");
     }
     // Nothing to write: nothing to walk through, whatever the counts.
     let one = Shape { s: 16, hk: 1, hv: 1, t: 0, b: MOST, bq: 1 };

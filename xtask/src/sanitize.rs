@@ -102,11 +102,18 @@ impl Build {
     /// A C program of tests/c, instrumented and linked with the library.
     fn program(&self, name: &str, library: &PathBuf) -> Result<PathBuf> {
         let program = self.target().join(name);
+        let object = program.with_extension("o");
         let mut cc = Command::new("cc");
-        cc.args(["-std=c11", "-O1", "-g", "-DWITHOUT_FAULTS"]).arg(format!("-fsanitize={}", self.name));
+        cc.args(["-std=c11", "-O1", "-g", "-DWITHOUT_FAULTS", "-c"]).arg(format!("-fsanitize={}", self.name));
         cc.arg("-I").arg(workspace().join("include")).arg(workspace().join("tests/c").join(format!("{name}.c")));
-        cc.arg("-o").arg(&program).arg(library).args(["-lpthread", "-lm", "-ldl"]);
-        run(&mut cc)?;
+        run(cc.arg("-o").arg(&object))?;
+        // With the compiler's own runtime, which has what its code calls; the C compiler's may be older.
+        let runtimes = nightly::llvm_tools()?.join("../lib");
+        let short = if self.name == "thread" { "tsan" } else { "asan" };
+        let mut link = Command::new("cc");
+        link.arg("-o").arg(&program).arg(&object).arg(library).args(["-rdynamic", "-Wl,--whole-archive"]);
+        link.arg(runtimes.join(format!("librustc-nightly_rt.{short}.a"))).arg("-Wl,--no-whole-archive");
+        run(link.args(["-lpthread", "-lm", "-ldl", "-lrt", "-lgcc_s"]))?;
         Ok(program)
     }
 }

@@ -65,10 +65,8 @@ fn thread() -> Result<()> {
     let build = Build { name: "thread", std: true };
     let library = build.library()?;
     let load = build.program("load", &library)?;
-    for arguments in [&["threads", "16", "5"][..], &["cycles", "100"]] {
-        run(Command::new(&load).args(arguments).env("TSAN_OPTIONS", "halt_on_error=1"))?;
-    }
-    Ok(())
+    // Not the cycles: the detector's own memory grows with every thread.
+    run(Command::new(&load).args(["threads", "16", "5"]).env("TSAN_OPTIONS", "halt_on_error=1"))
 }
 
 /// A build with a sanitizer of its own target folder.

@@ -29,14 +29,14 @@ const VALUE_HEADS: usize = 2;
 const CASES: [Case; 6] = [
     Case { name: "prompt", tokens: 96, layout: StateLayout::KeyContiguous, channel_gate: false, most: 15_600 },
     Case { name: "short-prompt", tokens: 16, layout: StateLayout::KeyContiguous, channel_gate: false, most: 16_800 },
-    Case { name: "token-rows", tokens: 1, layout: StateLayout::KeyContiguous, channel_gate: false, most: 34_000 },
-    Case { name: "token-columns", tokens: 1, layout: StateLayout::ValueContiguous, channel_gate: false, most: 24_000 },
+    Case { name: "token-rows", tokens: 1, layout: StateLayout::KeyContiguous, channel_gate: false, most: 23_200 },
+    Case { name: "token-columns", tokens: 1, layout: StateLayout::ValueContiguous, channel_gate: false, most: 23_800 },
     Case {
         name: "channel-gate-token",
         tokens: 1,
         layout: StateLayout::KeyContiguous,
         channel_gate: true,
-        most: 34_700,
+        most: 24_000,
     },
     Case {
         name: "channel-gate-prompt",

@@ -4,6 +4,9 @@
 use super::simd::Simd;
 use crate::tensor::View;
 
+/// Streams at a time.
+const MOST: usize = 5;
+
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
@@ -21,18 +24,18 @@ struct Stream {
 
 /// What will be needed soon, handed out a few lines at a time between products that run from L1.
 pub struct Ahead {
-    streams: [Stream; 4],
+    streams: [Stream; MOST],
     at: usize,
 }
 
 impl Ahead {
     pub fn new() -> Ahead {
         let none = Stream { row: std::ptr::null(), pitch: 0, rows: 0, length: 0, offset: 0, write: false };
-        Ahead { streams: [none; 4], at: 0 }
+        Ahead { streams: [none; MOST], at: 0 }
     }
 
     /// Adds channels from `first` on, of `rows` tokens from the one at `at` (head, token, sequence). The tokens need not
-    /// exist. At most four times.
+    /// exist. At most five times.
     #[inline(always)]
     pub fn add(&mut self, view: &View, first: usize, channels: usize, at: [usize; 3], rows: usize, write: bool) {
         let row = view.at([first, at[0], at[1], at[2]]).cast_const();
@@ -59,7 +62,7 @@ impl Ahead {
     #[inline(always)]
     pub fn ask<S: Simd>(&mut self, lines: usize) {
         for _ in 0..lines {
-            while self.at < 4 && self.streams[self.at].rows == 0 {
+            while self.at < MOST && self.streams[self.at].rows == 0 {
                 self.at += 1;
             }
             let Some(stream) = self.streams.get_mut(self.at) else { return };

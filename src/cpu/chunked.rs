@@ -505,7 +505,7 @@ impl Slabs<'_> {
         unsafe {
             let batch = Batch::new(scratch.add(at.token), s);
             let place = Place { at: self.state.add(slab * s * width), pitch: width };
-            let path = Path { from: place, to: place, next: [Place::NULL; 2] };
+            let path = Path { from: place, to: place, next: [place; 2] };
             for i in 0..self.length {
                 let mut value = [0.0; PIECE];
                 batch.prepare::<S>(p, self.task.sequence, self.head, self.t + i, 1);

@@ -4,22 +4,27 @@
 //! runs read the caller's state once and write it once, with what lies between in L1; longer ones keep the state in
 //! scratch and visit it block by block.
 
+use super::ahead::Ahead;
 use super::rows::{Columns, load_row, store_row};
 use super::simd::Simd;
 use super::step::{self, Path, Place};
 use super::token::{BATCH, Batch, Token};
 use crate::problem::{Problem, StateView};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Value columns that [`step::columns`] advances at a time.
 const BLOCK: usize = 32;
+
+/// Value columns that [`step::streamed`] advances at a time.
+const WIDE: usize = 128;
 
 /// Floats of state that a run keeps in scratch.
 const RESIDENT: usize = 1 << 16;
 
 /// Floats of scratch that a run needs.
 pub fn scratch_floats(s: usize) -> usize {
-    Batch::floats(s) + (s * s).min(RESIDENT).max(s * BLOCK)
+    Batch::floats(s) + (s * s).min(RESIDENT).max(s * WIDE.min(s)).max(s * BLOCK)
 }
 
 /// Columns of one head of one sequence, and the tokens of it to run: up to the sequence's last.
@@ -31,6 +36,8 @@ pub struct Run {
     pub tokens: Range<usize>,
     /// The state before the first of the tokens, and its row.
     pub source: (StateView, usize),
+    /// The head and the column with which this thread goes on.
+    pub next: Option<(usize, usize)>,
 }
 
 /// How the states lie in memory.
@@ -70,6 +77,7 @@ pub unsafe fn run<S: Simd, const NV: usize, const NH: usize>(p: &Problem, run: &
         match layout(p) {
             // Rows are summed across lanes, a few at a time.
             Layout::Rows if in_memory && S::LANES > 1 => direct::<S, AsRows>(p, run, scratch),
+            Layout::Columns if run.tokens.len() == 1 && S::LANES > 1 => direct::<S, AsWhole>(p, run, scratch),
             Layout::Columns if in_memory => direct::<S, AsColumns<NV, NH>>(p, run, scratch),
             _ => {
                 let most = (RESIDENT / p.head_size()).max(BLOCK);
@@ -104,6 +112,20 @@ impl Advance for AsRows {
     unsafe fn step<S: Simd>(t: &Token, path: Path, value: *const f32, out: *mut f32, s: usize, _: usize) {
         // SAFETY: passed on; the width is 16.
         unsafe { step::rows::<S>(t, path, value, out, s) }
+    }
+}
+
+struct AsWhole;
+
+impl Advance for AsWhole {
+    const WIDTH: usize = WIDE;
+    const ROWS: bool = false;
+
+    #[inline(always)]
+    unsafe fn step<S: Simd>(t: &Token, path: Path, value: *const f32, out: *mut f32, s: usize, width: usize) {
+        let mut sums = [MaybeUninit::<f32>::uninit(); 2 * WIDE];
+        // SAFETY: passed on; the width is at most WIDE.
+        unsafe { step::streamed::<S>(t, path, value, out, sums.as_mut_ptr().cast(), s, width) }
     }
 }
 
@@ -142,41 +164,45 @@ unsafe fn direct<S: Simd, A: Advance>(p: &Problem, run: &Run, scratch: *mut f32)
     let Run { sequence: b, head, .. } = *run;
     let (_, sequence) = p.tensor_sequences(b);
     let range = p.token_range(b);
-    let place = |(view, row): (StateView, usize), column: usize| Place {
+    let place = |(view, row): (StateView, usize), (head, column): (usize, usize)| Place {
         at: view.head(head, row).wrapping_byte_add(column * view.nb_v),
         pitch: if A::ROWS { view.nb_v } else { view.nb_k } / 4,
     };
     let slot = |t: usize| p.snapshots.and_then(|kept| kept.slot(t, range.len()).map(|slot| (kept.view(slot), b)));
     let destination = p.state_out.map(|view| (view, p.row_out(b)));
     let batch = Batch::new(scratch, s);
+    let steps = run.columns.len().div_ceil(A::WIDTH) * run.tokens.len();
+    let mut ahead = run.next.map_or(Ahead::new(), |next| ahead(p, run, next));
+    let each = ahead.lines().div_ceil(steps.max(1));
     // SAFETY: the batch holds the tokens; places are columns of states inside the problem's, or scratch behind the
-    // batch, which has room for BLOCK columns; value and out have room for BLOCK.
+    // batch, which has room for WIDTH columns (at most s); value and out have room for WIDE.
     unsafe {
-        let between = Place { at: scratch.add(Batch::floats(s)), pitch: if A::ROWS { s } else { A::WIDTH } };
+        let between = Place { at: scratch.add(Batch::floats(s)), pitch: if A::ROWS { s } else { A::WIDTH.min(s) } };
         batch.prepare::<S>(p, b, head, range.start + run.tokens.start, run.tokens.len());
         for column in run.columns.clone().step_by(A::WIDTH) {
             let width = A::WIDTH.min(run.columns.end - column);
-            let mut state = place(run.source, column);
-            let ahead = if column + width < run.columns.end {
-                let next = |state| place(state, column + width);
-                [next(run.source), destination.map_or(Place::NULL, next)]
-            } else {
-                [Place::NULL; 2]
-            };
+            let mut state = place(run.source, (head, column));
+            let after = if column + width < run.columns.end { Some((head, column + width)) } else { run.next };
             for t in run.tokens.clone() {
-                let (mut value, mut out) = ([0.0; BLOCK], [0.0; BLOCK]);
+                let mut rows = [[MaybeUninit::<f32>::uninit(); WIDE]; 2];
+                let [value, out] = rows.each_mut().map(|row| row.as_mut_ptr().cast::<f32>());
                 let at = [head, range.start + t, sequence];
-                load_row::<S>(&p.v, column, width, at, value.as_mut_ptr());
+                load_row::<S>(&p.v, column, width, at, value);
                 let last = if t + 1 == range.len() { destination } else { None };
-                let to = slot(t).or(last).map_or(between, |state| place(state, column));
+                let to = slot(t).or(last).map_or(between, |state| place(state, (head, column)));
                 let token = batch.token(p, t - run.tokens.start);
-                let next = if t + 1 == run.tokens.end { ahead } else { [Place::NULL; 2] };
-                A::step::<S>(&token, Path { from: state, to, next }, value.as_ptr(), out.as_mut_ptr(), s, width);
+                // Where nothing follows, what is near already is asked for.
+                let next = match after.filter(|_| t + 1 == run.tokens.end) {
+                    Some(after) => [place(run.source, after), destination.map_or(to, |state| place(state, after))],
+                    None => [state, to],
+                };
+                ahead.ask::<S>(each);
+                A::step::<S>(&token, Path { from: state, to, next }, value, out, s, width);
                 state = to;
-                store_row::<S>(&p.out, column, width, at, out.as_ptr());
+                store_row::<S>(&p.out, column, width, at, out);
             }
             if let Some(destination) = destination {
-                let to = place(destination, column);
+                let to = place(destination, (head, column));
                 let (count, length) = if A::ROWS { (width, s) } else { (s, width) };
                 // Only without tokens, or where the last state has a slot too, is it not there yet.
                 for i in 0..if state.at == to.at { 0 } else { count } {
@@ -185,6 +211,23 @@ unsafe fn direct<S: Simd, A: Advance>(p: &Problem, run: &Run, scratch: *mut f32)
             }
         }
     }
+}
+
+/// The rows of the tokens of the head that comes next.
+fn ahead(p: &Problem, run: &Run, (head, column): (usize, usize)) -> Ahead {
+    let (qk_sequence, sequence) = p.tensor_sequences(run.sequence);
+    let (s, t, rows) = (p.head_size(), p.token_range(run.sequence).start + run.tokens.start, run.tokens.len());
+    let mut ahead = Ahead::new();
+    if p.key_head(head) != p.key_head(run.head) {
+        ahead.add(&p.k, 0, s, [p.key_head(head), t, qk_sequence], rows, false);
+        ahead.add(&p.q, 0, s, [p.key_head(head), t, qk_sequence], rows, false);
+    }
+    if p.channel_gate() {
+        ahead.add(&p.g, 0, s, [head, t, sequence], rows, false);
+    }
+    ahead.add(&p.v, column, s - column, [head, t, sequence], rows, false);
+    ahead.add(&p.out, column, s - column, [head, t, sequence], rows, true);
+    ahead.start()
 }
 
 /// Runs any number of tokens with the columns' state in scratch.
@@ -212,7 +255,7 @@ unsafe fn resident<S: Simd, const NV: usize, const NH: usize>(p: &Problem, run: 
             batch.prepare::<S>(p, b, head, range.start + start, count);
             for (first, width) in blocks() {
                 let place = Place { at: block(first), pitch: width };
-                let path = Path { from: place, to: place, next: [Place::NULL; 2] };
+                let path = Path { from: place, to: place, next: [place; 2] };
                 for t in start..start + count {
                     let (mut value, mut out) = ([0.0; BLOCK], [0.0; BLOCK]);
                     let at = [head, range.start + t, sequence];

@@ -92,12 +92,12 @@ unsafe fn run_sequence(p: &Problem, plan: &Plan, b: usize, pieces: Range<usize>,
     if prefix == tokens && prefix > 0 {
         return;
     }
-    for (key_head, pieces) in by_key_head() {
-        for (head, _, columns) in pieces::by_head(p, key_head, pieces) {
-            let run = recurrent::Run { sequence: b, head, columns, tokens: prefix..tokens, source };
-            // SAFETY: passed on.
-            unsafe { (kernels.recurrent)(p, &run, scratch) };
-        }
+    let mut heads = by_key_head().flat_map(|(key_head, pieces)| pieces::by_head(p, key_head, pieces)).peekable();
+    while let Some((head, _, columns)) = heads.next() {
+        let next = heads.peek().map(|(head, _, columns)| (*head, columns.start));
+        let run = recurrent::Run { sequence: b, head, columns, tokens: prefix..tokens, source, next };
+        // SAFETY: passed on.
+        unsafe { (kernels.recurrent)(p, &run, scratch) };
     }
 }
 

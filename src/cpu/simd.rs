@@ -26,6 +26,8 @@ pub trait Simd: Copy + 'static {
     const TILE_ROWS: usize;
     /// Sums that a column's dot product is split into, so that enough of them are under way at a time.
     const CHAINS: usize;
+    /// Key channels that a walk along whole rows takes at a time: their factors stay in registers.
+    const KEYS: usize;
 
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(p: *const f32) -> Self::V;
@@ -109,6 +111,7 @@ impl Simd for Scalar {
     const LANES: usize = 1;
     const TILE_ROWS: usize = 4;
     const CHAINS: usize = 1;
+    const KEYS: usize = 4;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> f32 {
@@ -198,6 +201,7 @@ impl Simd for Avx2 {
     const LANES: usize = 8;
     const TILE_ROWS: usize = 6;
     const CHAINS: usize = 1;
+    const KEYS: usize = 4;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m256 {
@@ -325,6 +329,7 @@ impl Simd for Avx512 {
     const LANES: usize = 16;
     const TILE_ROWS: usize = 12;
     const CHAINS: usize = 2;
+    const KEYS: usize = 8;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {

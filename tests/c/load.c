@@ -39,15 +39,15 @@ extern void *__libc_calloc(size_t, size_t);
 extern void *__libc_realloc(void *, size_t);
 extern void *__libc_memalign(size_t, size_t);
 
-/* Of all threads together. */
-static atomic_bool faults;
-static atomic_long calls_until_failure, failures;
+/* Of the thread that asked for them: what a pool's own threads allocate, and when, is rayon's. */
+static _Thread_local bool faults;
+static _Thread_local long calls_until_failure, failures;
 static bool fails_from_then_on;
 static size_t smallest; /* allocations below this never fail */
 
 static bool fails_now(size_t size) {
-    if (!atomic_load(&faults) || size < smallest) return false;
-    long left = atomic_fetch_sub(&calls_until_failure, 1);
+    if (!faults || size < smallest) return false;
+    long left = calls_until_failure--;
     if (left > 0 || (left < 0 && !fails_from_then_on)) return false;
     failures++;
     errno = ENOMEM;

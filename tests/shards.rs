@@ -1,10 +1,14 @@
 //! An engine that shards heads or sequences gets the bits of the whole run, from strided views of the same tensors.
 
+#[path = "support/library.rs"]
+mod library;
 mod support;
 
 use deltanet::cpu::{self, Isa};
 use deltanet::params::{HeadMap, StateLayout};
 use deltanet::{Dtype, Params, Plan, Problem, Tensor};
+use library::{compile, output};
+use std::process::Command;
 use support::sharded::{B, Whole, shard, slice};
 use support::{Rng, seed};
 
@@ -76,4 +80,11 @@ fn sequence_shards_through_rows_have_the_bits_of_the_whole() {
             assert!(whole.bits(&state, || run(isa, &calls)) == expected, "{tokens} tokens, {isa:?}");
         }
     }
+}
+
+#[test]
+fn the_example_in_c_says_the_same() {
+    let said = output(&mut Command::new(compile("shards", &["examples/shards.c"])));
+    // Both maps: by sequences, and 2, 4, 8 and 16 shards by heads.
+    assert_eq!(said.lines().filter(|line| line.ends_with("same bits")).count(), 2 * 5, "{said}");
 }

@@ -382,7 +382,8 @@ deltanet_status deltanet_cuda_describe(const struct deltanet_params *params, cha
 /// looked at from here: a sequence whose row in rows_in or rows_out is outside its pool is left out, its outputs
 /// untouched, and cu_seqlens is held inside 0 to T. `workspace` has the bytes that `deltanet_cuda_workspace_size` tells
 /// and is in use until the stream has done the work. Any thread, any number at a time. After a status other than OK
-/// nothing was queued. Head sizes to 256; f32, f16 and bf16 tensors; all arithmetic is f32.
+/// nothing was queued, unless the driver took some launches of a prompt and refused a later one: the message then says
+/// so, and outputs and states are undefined. Head sizes to 256; f32, f16 and bf16 tensors; all arithmetic is f32.
 ///
 /// # Safety
 /// `params` is null or points to a struct as large as its `struct_size` says. Every tensor is as large as described,

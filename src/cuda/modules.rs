@@ -1,17 +1,18 @@
 //! The embedded kernels, loaded once into each context that asks.
 
 use super::chunked::{self, Abilities};
-use super::driver::{CUcontext, CUdevice, CUfunction, Driver, driver};
+use super::driver::{CUcontext, CUdevice, CUfunction, CUmodule, Driver, driver, not_forked};
 use super::plan::SHAPES;
 use crate::error::{Error, Result, Status, ensure};
 use cudarc::driver::sys::{CUdevice_attribute_enum as Device, CUfunction_attribute_enum as Function};
+use std::collections::TryReserveError;
 use std::ffi::{CStr, c_int};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Mutex, PoisonError, RwLock};
 
 /// A fat binary for every architecture from `oldest` on, with the names of the kernels in it.
 struct Image {
     bytes: &'static Aligned<[u8]>,
-    kernels: fn() -> Vec<&'static CStr>,
+    kernel: fn(usize) -> Option<&'static CStr>,
     oldest: c_int,
 }
 
@@ -23,12 +24,12 @@ struct Aligned<T: ?Sized>(T);
 const IMAGES: &[Image] = &[
     Image {
         bytes: &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/recurrent.fatbin"))),
-        kernels: || SHAPES.iter().map(|shape| shape.name).collect(),
+        kernel: |at| SHAPES.get(at).map(|shape| shape.name),
         oldest: OLDEST,
     },
     Image {
         bytes: &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/chunked.fatbin"))),
-        kernels: || chunked::NAMES.to_vec(),
+        kernel: |at| chunked::NAMES.get(at).copied(),
         oldest: 80, // bf16 matrix products
     },
 ];
@@ -82,27 +83,34 @@ pub(crate) fn built() -> Result<()> {
 /// The current context's kernels, if they were prepared. Takes no lock that a load holds for long, allocates nothing.
 pub(crate) fn prepared() -> Result<Prepared> {
     let (_, id) = current(driver()?)?;
-    let contexts = CONTEXTS.read().unwrap_or_else(PoisonError::into_inner);
-    contexts.iter().find(|known| known.context == id).copied().ok_or_else(|| {
-        Error::new(
+    known(id).ok_or_else(|| {
+        Error::compose(
             Status::Cuda,
-            "the current CUDA context has no kernels loaded; deltanet_cuda_prepare must be called in it first, \
-             outside of any stream capture",
+            format_args!(
+                "the current CUDA context has no kernels loaded; deltanet_cuda_prepare must be called in it first, \
+                 outside of any stream capture"
+            ),
         )
     })
 }
 
+fn known(id: u64) -> Option<Prepared> {
+    let contexts = CONTEXTS.read().unwrap_or_else(PoisonError::into_inner);
+    contexts.iter().find(|known| known.context == id).copied()
+}
+
 /// Loads the kernels into the current context, unless they are there.
 pub(crate) fn prepare() -> Result<Prepared> {
+    // Not the list's own lock: loading takes long, and runs in other contexts look at the list.
+    static LOADING: Mutex<()> = Mutex::new(());
     built()?;
     let driver = driver()?;
     let (_, id) = current(driver)?;
-    let known = |contexts: &[Prepared]| contexts.iter().find(|known| known.context == id).copied();
-    if let Some(prepared) = known(&CONTEXTS.read().unwrap_or_else(PoisonError::into_inner)) {
+    if let Some(prepared) = known(id) {
         return Ok(prepared);
     }
-    let mut contexts = CONTEXTS.write().unwrap_or_else(PoisonError::into_inner);
-    if let Some(prepared) = known(&contexts) {
+    let _loading = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(prepared) = known(id) {
         return Ok(prepared); // another thread was faster
     }
     let mut device = 0;
@@ -114,30 +122,55 @@ pub(crate) fn prepare() -> Result<Prepared> {
         Unsupported,
         "the current context's device has compute capability {major}.{minor}; it must be at least 7.5"
     );
+    CONTEXTS.write().unwrap_or_else(PoisonError::into_inner).try_reserve(1).map_err(no_memory)?;
+    let mut modules = Modules { driver, loaded: [std::ptr::null_mut(); IMAGES.len()] };
     let mut functions = Vec::new();
-    for image in IMAGES.iter().filter(|image| major * 10 + minor >= image.oldest) {
-        load(driver, image, &mut functions)?;
+    for (image, module) in
+        IMAGES.iter().zip(&mut modules.loaded).filter(|(image, _)| major * 10 + minor >= image.oldest)
+    {
+        load(driver, image, module, &mut functions)?;
     }
     let chunked = chunked_abilities(driver, device, functions.get(FIRST_CHUNKED..).unwrap_or_default())?;
     // Kept for the life of the process: a context's functions may be in use by any thread until it is destroyed.
     let prepared = Prepared { context: id, device, chunked, functions: functions.leak() };
-    contexts.push(prepared);
+    std::mem::forget(modules);
+    CONTEXTS.write().unwrap_or_else(PoisonError::into_inner).push(prepared);
     Ok(prepared)
 }
 
-fn load(driver: &Driver, image: &Image, functions: &mut Vec<Loaded>) -> Result<()> {
+/// Modules that are unloaded again unless all goes well: a host that tries again must not fill up its device.
+struct Modules<'a> {
+    driver: &'a Driver,
+    loaded: [CUmodule; IMAGES.len()],
+}
+
+impl Drop for Modules<'_> {
+    fn drop(&mut self) {
+        for module in self.loaded.into_iter().filter(|module| !module.is_null()) {
+            // SAFETY: it was loaded into the current context, and nobody has its functions. Where the context is broken
+            // the driver refuses, and there is nothing to keep.
+            unsafe { (self.driver.module_unload)(module) };
+        }
+    }
+}
+
+fn no_memory(_: TryReserveError) -> Error {
+    Error::compose(Status::OutOfMemory, format_args!("memory for the table of CUDA kernels could not be had"))
+}
+
+fn load(driver: &Driver, image: &Image, module: &mut CUmodule, functions: &mut Vec<Loaded>) -> Result<()> {
     /// Statuses that say that the image and the driver do not go together.
     const MISMATCH: [u32; 4] = [209, 218, 221, 222]; // no binary for the GPU, PTX: invalid, no compiler, too new
-    let mut module = std::ptr::null_mut();
-    // SAFETY: `module` is writable, the image is an aligned fat binary, whose header holds its own size.
-    let code = unsafe { (driver.module_load)(&mut module, image.bytes.0.as_ptr().cast()) };
+    let mut loaded = std::ptr::null_mut();
+    // SAFETY: `loaded` is writable, the image is an aligned fat binary, whose header holds its own size.
+    let code = unsafe { (driver.module_load)(&mut loaded, image.bytes.0.as_ptr().cast()) };
     if MISMATCH.contains(&code) {
         let mut version = 0;
         // SAFETY: `version` is writable.
         unsafe { (driver.version)(&mut version) };
-        return Err(Error::new(
+        return Err(Error::compose(
             Status::Unsupported,
-            format!(
+            format_args!(
                 "the CUDA driver (for CUDA {}.{}) cannot load the kernels for this device: {}; a newer driver is needed",
                 version / 1000,
                 version % 1000 / 10,
@@ -146,14 +179,16 @@ fn load(driver: &Driver, image: &Image, functions: &mut Vec<Loaded>) -> Result<(
         ));
     }
     driver.check(code, "cuModuleLoadData")?;
-    for name in (image.kernels)() {
+    *module = loaded;
+    for name in (0..).map_while(image.kernel) {
         let mut function = std::ptr::null_mut();
         // SAFETY: `function` is writable, the module was loaded and the name is a C string.
-        let code = unsafe { (driver.module_function)(&mut function, module, name.as_ptr()) };
+        let code = unsafe { (driver.module_function)(&mut function, loaded, name.as_ptr()) };
         driver.check(code, "cuModuleGetFunction")?;
         // Asking for an attribute loads the kernel's code, which lazy loading would leave to the first launch: that may
         // be in a capture.
         attribute(driver, Function::CU_FUNC_ATTRIBUTE_NUM_REGS, function)?;
+        functions.try_reserve(1).map_err(no_memory)?;
         functions.push(Loaded(function));
     }
     Ok(())
@@ -191,6 +226,7 @@ fn chunked_abilities(driver: &Driver, device: CUdevice, functions: &[Loaded]) ->
 
 /// The current context and its id.
 fn current(driver: &Driver) -> Result<(CUcontext, u64)> {
+    not_forked()?;
     let mut context = std::ptr::null_mut();
     // SAFETY: `context` is writable.
     driver.check(unsafe { (driver.context)(&mut context) }, "cuCtxGetCurrent")?;

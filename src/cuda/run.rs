@@ -1,10 +1,10 @@
 //! Running a problem on the caller's stream.
 
 use super::abi::DnProblem;
-use super::driver::{CUdevice, driver};
+use super::driver::{CUdevice, Driver, driver};
 use super::modules::{self, FIRST_CHUNKED, Prepared};
 use super::plan::{Launch, Plan, SHAPES, value_contiguous};
-use crate::error::{Result, ensure};
+use crate::error::{Error, Result, ensure};
 use crate::params::Precision;
 use crate::problem::Problem;
 use cudarc::driver::sys::{self, CUmemorytype_enum as MemoryType, CUpointer_attribute_enum as Pointer};
@@ -68,21 +68,27 @@ pub unsafe fn run(problem: &Problem, workspace: *mut c_void, workspace_size: usi
         );
         on_device("workspace", workspace.cast(), prepared.device)?;
     }
+    let mut queued = 0;
+    let mut enqueue = |launch| {
+        enqueue(&prepared, launch, stream, queued)?;
+        queued += 1;
+        Ok(())
+    };
     let (Some(chunked), Some(device)) = (plan.chunked, prepared.chunked) else {
-        return plan.launch.map_or(Ok(()), |launch| enqueue(&prepared, launch, stream));
+        return plan.launch.map_or(Ok(()), enqueue);
     };
     let arguments = DnProblem::of(problem, value_contiguous(problem))?;
     let mut launches = chunked.launches(problem, arguments, &device, FIRST_CHUNKED, workspace);
-    launches.try_for_each(|launch| enqueue(&prepared, launch, stream))?;
+    launches.try_for_each(&mut enqueue)?;
     if chunked.tail == 0 {
         return Ok(());
     }
     let rest = problem.last_tokens(chunked.tail, chunked.state_end(problem, &launches));
-    Plan::new(&rest)?.launch.map_or(Ok(()), |launch| enqueue(&prepared, launch, stream))
+    Plan::new(&rest)?.launch.map_or(Ok(()), enqueue)
 }
 
-/// Puts one launch on the stream.
-fn enqueue(prepared: &Prepared, mut launch: Launch, stream: *mut c_void) -> Result<()> {
+/// Puts one launch on the stream, after `queued` of the same call.
+fn enqueue(prepared: &Prepared, mut launch: Launch, stream: *mut c_void, queued: usize) -> Result<()> {
     let driver = driver()?;
     let ([x, y, z], threads, shared) = (launch.grid, launch.threads, launch.shared);
     let function = prepared.function(launch.function);
@@ -93,7 +99,7 @@ fn enqueue(prepared: &Prepared, mut launch: Launch, stream: *mut c_void) -> Resu
         // SAFETY: the function belongs to the current context and takes one argument, of the type that the plan chose
         // with it; the driver copies it before it returns. `run`'s caller vouches for the memory and the stream.
         let code = unsafe { (driver.launch)(function, x, y, z, threads, 1, 1, shared, stream.cast(), arguments, none) };
-        return driver.check(code, "cuLaunchKernel");
+        return launched(driver, code, "cuLaunchKernel", queued);
     }
     let mut attribute = sys::CUlaunchAttribute {
         id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
@@ -114,7 +120,20 @@ fn enqueue(prepared: &Prepared, mut launch: Launch, stream: *mut c_void) -> Resu
     };
     // SAFETY: as above; the driver reads the configuration and its one attribute before it returns.
     let code = unsafe { (driver.launch_with)(&config, function, arguments, none) };
-    driver.check(code, "cuLaunchKernelEx")
+    launched(driver, code, "cuLaunchKernelEx", queued)
+}
+
+/// What a launch's result means after `queued` others of the call, which nothing takes back.
+fn launched(driver: &Driver, code: u32, what: &str, queued: usize) -> Result<()> {
+    if code == 0 || queued == 0 {
+        return driver.check(code, what);
+    }
+    let words = format_args!(
+        "{what}: the CUDA driver returned {} after {queued} launches of this call were queued; outputs and states are \
+         undefined",
+        driver.name(code)
+    );
+    Err(Error::compose(Driver::status(code), words))
 }
 
 /// Whether `device` can read the memory at `address` as its own.

@@ -5,6 +5,7 @@ use super::abi::{self, Backend, CustomOpParams, Device, Graph, HashSet, Registry
 use super::symbols::Host;
 use super::{substitute, tensor, verify};
 use crate::cpu::{self, Isa};
+use crate::error::Status;
 use crate::plan::Plan;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::Arc;
@@ -374,6 +375,81 @@ fn a_host_without_symbols_is_declined() {
         );
         assert!((*registry).get_proc_address.expect("a function")(registry, std::ptr::null()).is_null());
     }
+}
+
+/// What a program that links ggml statically does, with every mistake that it can make.
+#[test]
+fn a_static_host_attaches() {
+    use crate::capi::{GgmlHost, deltanet_ggml_attach, deltanet_last_error};
+    let device = device(16, 3);
+    let good = GgmlHost {
+        struct_size: size_of::<GgmlHost>() as u32,
+        reserved: 0,
+        cpu_device: (&raw mut *device).cast(),
+        op_name: Some(op_name),
+        buffer_is_host: Some(buffer_is_host),
+        tensor_overhead: abi::TENSOR_OVERHEAD,
+    };
+    let refused = |host: *const GgmlHost, word: &str| {
+        // SAFETY: null, or a struct as large as it says.
+        let registry = unsafe { deltanet_ggml_attach(host) };
+        // SAFETY: a C string of this thread.
+        let words = unsafe { CStr::from_ptr(deltanet_last_error()) }.to_string_lossy().into_owned();
+        assert!(registry.is_null() && words.contains(word), "{words}: want {word}");
+    };
+    let init = device.init_backend.map(|init| init as usize);
+    refused(std::ptr::null(), "NULL_POINTER: host is null");
+    refused((&raw const good).wrapping_byte_add(4), "MISALIGNED: host is 0x");
+    refused(&GgmlHost { struct_size: 8, ..good }, "STRUCT_SIZE: host.struct_size is 8");
+    refused(&GgmlHost { cpu_device: std::ptr::null_mut(), ..good }, "NULL_POINTER: host.cpu_device is null");
+    refused(&GgmlHost { op_name: None, ..good }, "NULL_POINTER: host.op_name");
+    refused(&GgmlHost { buffer_is_host: None, ..good }, "NULL_POINTER: host.op_name or host.buffer_is_host");
+    refused(&GgmlHost { tensor_overhead: 384, ..good }, "UNSUPPORTED: ");
+    assert_eq!(device.init_backend.map(|init| init as usize), init, "left as it was");
+
+    // SAFETY: functions and a device of these tests.
+    let registry = unsafe { deltanet_ggml_attach(&good) }.cast::<Registry>();
+    assert!(!registry.is_null());
+    // SAFETY: the plugin's own registry, which lives as long as the process.
+    unsafe {
+        assert_eq!((*registry).api_version, 3);
+        let name = CStr::from_ptr((*registry).get_name.expect("a function")(registry));
+        assert_eq!((name, (*registry).get_device_count.expect("a function")(registry)), (c"deltanet", 0));
+    }
+    let before = counters();
+    for _ in 0..3 {
+        assert_eq!(run(device, &mut case(13, 3)).0, abi::STATUS_SUCCESS);
+    }
+    let (after, by_host) = (counters(), nature(device).computed_by_host.load(Ordering::Relaxed));
+    // Other tests count too.
+    assert!(after.taken >= before.taken + 3 && after.verified > before.verified && by_host == 1, "{by_host}");
+}
+
+fn counters() -> crate::capi::GgmlCounters {
+    use crate::capi::{GgmlCounters, deltanet_ggml_read_counters};
+    let size = size_of::<GgmlCounters>() as u32;
+    let mut now = GgmlCounters {
+        struct_size: size,
+        reserved: 7,
+        taken: 0,
+        left: 0,
+        reads_fused: 0,
+        writes_fused: 0,
+        verified: 0,
+        mismatches: 0,
+    };
+    // SAFETY: null, misaligned, too small, or a struct as large as it says.
+    unsafe {
+        assert_eq!(deltanet_ggml_read_counters(std::ptr::null_mut()), Status::NullPointer);
+        assert_eq!(deltanet_ggml_read_counters((&raw mut now).wrapping_byte_add(4)), Status::Misaligned);
+        now.struct_size = size - 8;
+        assert_eq!(deltanet_ggml_read_counters(&mut now), Status::StructSize);
+        assert_eq!((now.reserved, now.taken), (7, 0), "untouched");
+        now.struct_size = size;
+        assert_eq!(deltanet_ggml_read_counters(&mut now), Status::Ok);
+    }
+    assert_eq!((now.struct_size, now.reserved), (size, 0));
+    now
 }
 
 /// Backends come and go while others compute, as contexts of an engine do.

@@ -2,7 +2,7 @@
 
 use crate::command::{output, run, workspace};
 use crate::{nightly, nvcc};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};

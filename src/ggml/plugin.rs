@@ -87,7 +87,7 @@ pub fn start(host: Host) -> *mut Registry {
 }
 
 /// A registry of that version, with one device or none. One each is enough: the host may ask again.
-fn registry(api_version: c_int, device: Option<*mut Device>) -> *mut Registry {
+pub(super) fn registry(api_version: c_int, device: Option<*mut Device>) -> *mut Registry {
     struct Made(c_int, Option<usize>, usize);
     static MADE: Mutex<Vec<Made>> = Mutex::new(Vec::new());
     let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);

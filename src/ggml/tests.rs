@@ -1,6 +1,8 @@
 //! The plugin in hosts that no registry has: such as lie, change, or are not as known. They are made up here, in the
 //! known structures, and register the way that a static host does.
 
+mod device;
+
 use super::abi::{self, Backend, CustomOpParams, Device, Graph, HashSet, Registry, Tensor};
 use super::symbols::Host;
 use super::{substitute, tensor, verify};

@@ -210,7 +210,7 @@ fn its_registry_has_it_and_its_threads() {
             let mut pointers: Vec<*mut Tensor> = nodes.iter_mut().map(|case| &raw mut *case.node).collect();
             let mut graph = graph(&mut pointers);
             assert_eq!(compute(backend, &mut graph), abi::STATUS_SUCCESS, "{threads} threads");
-            let written = nodes.iter_mut().flat_map(|case| std::mem::replace(&mut case.memory[6], Vec::new()));
+            let written = nodes.iter_mut().flat_map(|case| std::mem::take(&mut case.memory[6]));
             results.push(written.collect());
             for (case, fresh) in nodes.iter_mut().zip([rows([16, 5, 1, 1]), super::case(3, 7)]) {
                 case.memory[6] = vec![f32::NAN; fresh.memory[6].len()];

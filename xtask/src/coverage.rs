@@ -2,7 +2,8 @@
 
 use crate::command::{output, run, workspace};
 use crate::{nightly, nvcc};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use clap::Args;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,12 +13,20 @@ use std::process::Command;
 const PARTS: &[(&str, f64)] =
     &[("src/capi", 95.0), ("src/problem.rs", 95.0), ("src/tensor.rs", 95.0), ("src/ggml", 0.0), ("src/cuda", 0.0)];
 
+/// What to run.
+#[derive(Args)]
+pub struct Options {
+    /// Also run the plugin in two llama.cpp builds, with the operator and from before it.
+    #[arg(long)]
+    hosts: bool,
+}
+
 /// Lines of a file with code, and how often each was executed.
 type Lines = BTreeMap<usize, u64>;
 
 /// Runs the library's tests and the replay of fuzzed inputs with counters, prints a table, and fails below the limit.
 /// CUDA's part runs with a made-up driver (tests/cuda_faults.rs): no GPU is needed.
-pub fn coverage() -> Result<()> {
+pub fn coverage(options: &Options) -> Result<()> {
     nightly::set_up(&["llvm-tools"])?;
     // Without kernels the CUDA functions refuse everything; which architecture they are for makes no difference here.
     nvcc::fetch()?;
@@ -44,6 +53,12 @@ pub fn coverage() -> Result<()> {
         // C programs run the shared library.
         let files = message["filenames"].as_array().into_iter().flatten().filter_map(|name| name.as_str());
         objects.extend(files.filter(|name| name.ends_with("libdeltanet.so")).map(str::to_owned));
+    }
+    if options.hosts {
+        let library = objects.iter().find(|name| name.ends_with("libdeltanet.so")).context("there is no library")?;
+        let mut hosts = Command::new(std::env::current_exe()?);
+        hosts.args(["hosts", "npm-3.22.1", "npm-3.17.1", "--tokens", "4", "--library", library]);
+        run(hosts.env("LLVM_PROFILE_FILE", counts.join("%p-%m.profraw")))?;
     }
     let tools = nightly::llvm_tools()?;
     let merged = target.join("all.profdata");

@@ -40,6 +40,9 @@ enum Task {
         /// Only fetch, build and make what the runs need.
         #[arg(long, conflicts_with = "speed")]
         fetch: bool,
+        /// Load this library instead of the release build.
+        #[arg(long, conflicts_with = "speed")]
+        library: Option<PathBuf>,
         /// Measure whole-model speed instead.
         #[arg(long)]
         speed: bool,
@@ -97,7 +100,7 @@ enum Task {
     /// Run tests under AddressSanitizer, ThreadSanitizer, valgrind and Miri.
     Sanitize(sanitize::Options),
     /// Measure the lines that tests execute where other people's numbers come in.
-    Coverage,
+    Coverage(coverage::Options),
     /// Change the validator and the plan in every small way, and see whether a test notices.
     Mutants(mutants::Options),
 }
@@ -131,11 +134,11 @@ fn run(task: Task) -> Result<()> {
             hosts::run_speed(threads, rounds, &names, json.as_deref())
         }
         Task::Hosts { fetch: true, .. } => hosts::fetch_all(),
-        Task::Hosts { names, tokens, .. } => hosts::run_hosts(tokens, &names),
+        Task::Hosts { names, tokens, library, .. } => hosts::run_hosts(tokens, &names, library),
         Task::Host(drive) => drive.run(),
         Task::Fuzz(options) => fuzz::fuzz(&options),
         Task::Sanitize(options) => sanitize::sanitize(&options),
-        Task::Coverage => coverage::coverage(),
+        Task::Coverage(options) => coverage::coverage(&options),
         Task::Mutants(options) => mutants::mutants(&options),
     }
 }

@@ -22,7 +22,7 @@ pub fn run_all() -> Result<()> {
     println!("== ik_llama.cpp");
     ik::check()?;
     println!("== llama.cpp");
-    hosts::run_hosts(64, &[])?;
+    hosts::run_hosts(64, &[], None)?;
     println!("== installed");
     consumers::test()?;
     println!("== archive");

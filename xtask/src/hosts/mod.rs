@@ -136,10 +136,11 @@ pub fn fetch_all() -> Result<()> {
 }
 
 /// Runs every host with and without the plugin; `tokens` is how many are generated with two and with four threads.
-/// `only` picks hosts by parts of their names; none picks all.
-pub fn run_hosts(tokens: usize, only: &[String]) -> Result<()> {
+/// `only` picks hosts by parts of their names; none picks all. `library` is loaded instead of the one that is shipped.
+pub fn run_hosts(tokens: usize, only: &[String], library: Option<PathBuf>) -> Result<()> {
     let picked = |name: &str| only.is_empty() || only.iter().any(|part| name.contains(part.as_str()));
-    let setup = Setup { plugin: plugin()?, turns: turns()?.to_string_lossy().into_owned(), tokens };
+    let plugin = library.map_or_else(plugin, |library| Ok(std::path::absolute(library)?))?;
+    let setup = Setup { plugin, turns: turns()?.to_string_lossy().into_owned(), tokens };
     let models = Model::TINY.map(|model| Ok((model, fetch::model(model)?)));
     let models = models.into_iter().collect::<Result<Vec<_>>>()?;
     let tiny = models[0].1.to_string_lossy().into_owned();

@@ -681,6 +681,41 @@ static void messages(void) {
     EXPECT(deltanet_version() == DELTANET_VERSION, "%u", deltanet_version());
 }
 
+static const char *op_name(int op) { return op ? NULL : "NONE"; }
+static bool buffer_is_host(void *memory) { return memory == NULL; }
+
+/* What a program that links ggml itself calls, with every mistake that needs no ggml. */
+static void ggml(void) {
+    _Alignas(16) char device[256] = {0}; /* has no registry: of no known version */
+    const deltanet_ggml_host good = {sizeof good, 0, device, op_name, buffer_is_host, 368};
+    deltanet_ggml_host host[2] = {good, good};
+    title = "deltanet_ggml_attach";
+#define DECLINED(pointer, word)                                                                      \
+    do {                                                                                             \
+        EXPECT(!deltanet_ggml_attach(pointer), "%s was taken", word);                                \
+        EXPECT(strstr(deltanet_last_error(), word), "«%s» without %s", deltanet_last_error(), word); \
+    } while (0)
+    DECLINED(NULL, "NULL_POINTER: host");
+    DECLINED((const deltanet_ggml_host *) (const void *) ((const char *) host + 1), "MISALIGNED: host");
+    host->struct_size = sizeof good - 1;
+    DECLINED(host, "STRUCT_SIZE: host.struct_size is");
+    *host = good, host->cpu_device = NULL;
+    DECLINED(host, "NULL_POINTER: host.cpu_device");
+    *host = good, host->op_name = NULL;
+    DECLINED(host, "NULL_POINTER: host.op_name");
+    DECLINED(&good, "UNSUPPORTED: the host's plugin API version is -1");
+    title = "deltanet_ggml_read_counters";
+    deltanet_ggml_counters counters[2] = {{.struct_size = sizeof *counters, .taken = 77}};
+    EXPECT(deltanet_ggml_read_counters(NULL) == DELTANET_STATUS_NULL_POINTER, "null");
+    EXPECT(deltanet_ggml_read_counters((void *) ((char *) counters + 1)) == DELTANET_STATUS_MISALIGNED, "misaligned");
+    counters->struct_size -= 1;
+    EXPECT(deltanet_ggml_read_counters(counters) == DELTANET_STATUS_STRUCT_SIZE && counters->taken == 77, "size");
+    counters->struct_size += 1;
+    EXPECT(deltanet_ggml_read_counters(counters) == DELTANET_STATUS_OK && counters->taken == 0, "not 0 before any node");
+    title = "deltanet_ggml_supports";
+    EXPECT(deltanet_ggml_supports(NULL, NULL) == DELTANET_STATUS_NULL_POINTER, "%s", deltanet_last_error());
+}
+
 int main(void) {
     /* A hang is a failure too. */
     alarm(SECONDS);
@@ -704,6 +739,7 @@ int main(void) {
     no_sequences();
     allowed();
     not_finite();
+    ggml();
     messages();
     printf("%d checks, %d failures\n", checks, failures);
     return failures ? 1 : 0;

@@ -102,7 +102,8 @@ fn lines(report: &str) -> Result<BTreeMap<PathBuf, Lines>> {
 fn report(files: &BTreeMap<PathBuf, Lines>) -> Result<()> {
     let mut poor = Vec::new();
     for (part, least) in PARTS {
-        let of_part = || files.iter().filter(|(path, _)| path.starts_with(part) && !path.ends_with("tests.rs"));
+        let is_test = |path: &Path| path.ends_with("tests.rs") || path.iter().any(|folder| folder == "tests");
+        let of_part = || files.iter().filter(|(path, _)| path.starts_with(part) && !is_test(path));
         for (path, lines) in of_part() {
             let missing: Vec<usize> = lines.iter().filter(|(_, count)| **count == 0).map(|(at, _)| *at).collect();
             let words = if missing.is_empty() { String::new() } else { format!("; not {}", ranges(&missing)) };
@@ -111,7 +112,9 @@ fn report(files: &BTreeMap<PathBuf, Lines>) -> Result<()> {
         let all: Vec<u64> = of_part().flat_map(|(_, lines)| lines.values().copied()).collect();
         ensure!(!all.is_empty(), "{part} is not in the report");
         let covered = all.iter().filter(|count| **count > 0).count();
-        println!("{part:<26} {}\n", share(covered, all.len()));
+        if of_part().count() > 1 {
+            println!("{part:<26} {}", share(covered, all.len()));
+        }
         if (covered as f64) < least / 100.0 * all.len() as f64 {
             poor.push(format!("{part}: {}", share(covered, all.len())));
         }

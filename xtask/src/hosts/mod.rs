@@ -266,7 +266,7 @@ fn check_graphs(libraries: &Path, setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-/// Switched off, loaded twice, unloaded: the host does what it did.
+/// Switched off, with a device of its own, loaded twice, unloaded: the host does what it did.
 fn check_changes(libraries: &Path, model: &str, setup: &Setup) -> Result<()> {
     let short = |more: &[&str], plugin: bool, mode: &str| {
         let arguments = [&[model, "--short"], more].concat();
@@ -276,7 +276,13 @@ fn check_changes(libraries: &Path, model: &str, setup: &Setup) -> Result<()> {
     let without = short(&[], false, "")?;
     let off = short(&[], true, "off")?;
     ensure!(without.values == off.values && off.count("taken") == 0, "it is not off");
+    let device = short(&[], true, "device")?;
+    let error = nmse(&without.values, &device.values);
+    ensure!(error <= LOGITS_BOUND, "logits differ with a device of its own, NMSE {error:.1e}");
+    ensure!(device.values != without.values, "the device is not used\n{}", device.log.join("\n"));
     println!("   off: bit for bit the host's own; it says {:?}", off.log.first().map_or("nothing", |line| line));
+
+    println!("   device: logits NMSE {error:.1e}");
 
     let other = std::env::temp_dir().join(format!("deltanet-copy-{}.so", std::process::id()));
     std::fs::copy(&setup.plugin, &other)?;

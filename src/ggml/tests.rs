@@ -201,11 +201,18 @@ fn case(heads: usize, tokens: usize) -> Case {
 /// Computes the node as a graph of its own; the status and the result.
 fn run(device: &mut Device, case: &mut Case) -> (c_int, Vec<f32>) {
     case.memory[6].fill(f32::NAN);
-    let mut nodes = [&raw mut *case.node];
+    let before = *case.node;
+    let status = compute_graph(device, &mut [&raw mut *case.node]);
+    assert_eq!((before.op, before.op_params), (case.node.op, case.node.op_params), "the graph is put back");
+    (status, case.memory[6].clone())
+}
+
+/// A graph of these nodes.
+fn graph(nodes: &mut [*mut Tensor]) -> Graph {
     let null = std::ptr::null_mut();
-    let mut graph = Graph {
-        size: 1,
-        n_nodes: 1,
+    Graph {
+        size: nodes.len() as c_int,
+        n_nodes: nodes.len() as c_int,
         n_leafs: 0,
         nodes: nodes.as_mut_ptr(),
         grads: null,
@@ -214,11 +221,15 @@ fn run(device: &mut Device, case: &mut Case) -> (c_int, Vec<f32>) {
         use_counts: std::ptr::null_mut(),
         visited: HashSet { size: 0, used: std::ptr::null_mut(), keys: null },
         order: 0,
-    };
-    let before = *case.node;
+    }
+}
+
+/// Computes a graph as a host does it: init, compute through the backend's slot, free.
+fn compute_graph(device: &mut Device, nodes: &mut [*mut Tensor]) -> c_int {
+    let mut graph = graph(nodes);
     let init = device.init_backend.expect("a device");
-    // SAFETY: as a host does it: init, compute through the backend's slot, free.
-    let status = unsafe {
+    // SAFETY: a device and nodes of these tests, in the known structures.
+    unsafe {
         let backend = init(device, std::ptr::null());
         let words = &*backend.cast::<[usize; 24]>();
         let compute: abi::GraphCompute = std::mem::transmute(if words[15] != 0 { words[11] } else { words[13] });
@@ -226,9 +237,7 @@ fn run(device: &mut Device, case: &mut Case) -> (c_int, Vec<f32>) {
         let status = compute(backend, &raw mut graph);
         free(backend);
         status
-    };
-    assert_eq!((before.op, before.op_params), (case.node.op, case.node.op_params), "the graph is put back");
-    (status, case.memory[6].clone())
+    }
 }
 
 fn nature(device: &Device) -> &'static Nature {
@@ -270,6 +279,59 @@ fn a_host_that_disagrees_keeps_the_variant() {
         assert_eq!((status, result), (abi::STATUS_SUCCESS, own.clone()), "the host's own result");
     }
     assert_eq!(nature(device).computed_by_host.load(Ordering::Relaxed), 4);
+}
+
+/// Of two nodes of a kind in one graph, the first is compared; when it disagrees, the second is not tried.
+#[test]
+fn one_disagreement_in_a_graph_is_enough() {
+    let device = device(16, 3);
+    nature(device).lies.store(true, Ordering::Relaxed);
+    let mut cases = [case(15, 3), case(15, 3)];
+    let mut nodes = cases.each_mut().map(|case| &raw mut *case.node);
+    assert_eq!(compute_graph(device, &mut nodes), abi::STATUS_SUCCESS);
+    let own = cases.each_ref().map(|case| case.memory[6].clone());
+    substitute::attach(Arc::new(host(device).expect("a known host"))).expect("attached");
+    for by_host in [4, 6] {
+        cases.iter_mut().for_each(|case| case.memory[6].fill(f32::NAN));
+        assert_eq!(compute_graph(device, &mut nodes), abi::STATUS_SUCCESS);
+        assert_eq!(cases.each_ref().map(|case| case.memory[6].clone()), own, "the host's own results");
+        assert_eq!(nature(device).computed_by_host.load(Ordering::Relaxed), by_host);
+    }
+}
+
+#[test]
+fn graphs_of_unknown_structure_stay_with_the_host() {
+    unsafe extern "C" fn one_more(graph: *mut Graph) -> c_int {
+        // SAFETY: a graph of these tests.
+        unsafe { (*graph).n_nodes + 1 }
+    }
+    let device = device(16, 3);
+    // SAFETY: functions and a device of these tests.
+    let host = unsafe { Host::new(device, op_name, buffer_is_host, Some(one_more), None, String::new()) };
+    substitute::attach(Arc::new(host.expect("a known host"))).expect("attached");
+    for by_host in 1..4 {
+        assert_eq!(run(device, &mut case(16, 2)).0, abi::STATUS_SUCCESS);
+        assert_eq!(nature(device).computed_by_host.load(Ordering::Relaxed), by_host);
+    }
+    assert_eq!(compute_graph(device, &mut []), abi::STATUS_SUCCESS, "nothing to do");
+}
+
+#[test]
+fn devices_without_backends_are_declined() {
+    unsafe extern "C" fn none(_: *mut Device, _: *const c_char) -> *mut Backend {
+        std::ptr::null_mut()
+    }
+    let device = device(16, 3);
+    let attach = |device: &mut Device| substitute::attach(Arc::new(host(device).expect("a known host")));
+    let init = device.init_backend.take();
+    assert!(attach(device).is_err_and(|why| why.contains("no init_backend")));
+    device.init_backend = Some(none);
+    assert!(attach(device).is_err_and(|why| why.contains("makes no backend")));
+    device.init_backend = init;
+    attach(device).expect("attached");
+    let ours = device.init_backend.map(|init| init as usize);
+    attach(device).expect("once is enough");
+    assert_eq!(device.init_backend.map(|init| init as usize), ours);
 }
 
 #[test]

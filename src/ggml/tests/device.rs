@@ -1,9 +1,9 @@
 //! `DELTANET_GGML=device`: a made-up host looks at our device, makes backends of it, and has graphs computed.
 
-use super::super::abi::{self, Backend, Device, DeviceProps, Graph, HashSet, Registry, Tensor};
+use super::super::abi::{self, Backend, Device, DeviceProps, Registry, Tensor};
 use super::super::device::set_n_threads;
 use super::super::{device, plugin};
-use super::{CUSTOM, Case, FOREIGN, GATED_DELTA_NET, case, host, run};
+use super::{CUSTOM, Case, FOREIGN, GATED_DELTA_NET, case, graph, host, run};
 use std::ffi::{CStr, c_int, c_void};
 use std::sync::Arc;
 
@@ -226,20 +226,4 @@ fn its_registry_has_it_and_its_threads() {
         free(backend);
     }
     assert_eq!(nodes[1].node.op, GATED_DELTA_NET);
-}
-
-fn graph(nodes: &mut [*mut Tensor]) -> Graph {
-    let null = std::ptr::null_mut();
-    Graph {
-        size: nodes.len() as c_int,
-        n_nodes: nodes.len() as c_int,
-        n_leafs: 0,
-        nodes: nodes.as_mut_ptr(),
-        grads: null,
-        grad_accs: null,
-        leafs: null,
-        use_counts: std::ptr::null_mut(),
-        visited: HashSet { size: 0, used: std::ptr::null_mut(), keys: null },
-        order: 0,
-    }
 }

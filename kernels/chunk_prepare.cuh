@@ -91,6 +91,13 @@ __device__ inline float4 raw4_to_f32(const uint4 &raw, int dtype) {
     return make_float4(__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z), __uint_as_float(raw.w));
 }
 
+// What normalises a row, from this thread's share of its sum of squares.
+__device__ inline float row_scale(const dn_problem &p, float sum, bool there) {
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    return there ? 1.0f / sqrtf(sum + p.qk_norm_eps) : 0.0f; // eps may be 0
+}
+
 // Normalised if asked for, split, to shared memory.
 template <int S, int C, int PARTS>
 __device__ inline void stage_row(const dn_problem &p, const uint4 (&raw)[S / 16], int dtype, bool there,
@@ -105,9 +112,7 @@ __device__ inline void stage_row(const dn_problem &p, const uint4 (&raw)[S / 16]
             const float4 x = raw4_to_f32(raw[i], dtype);
             sum = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, sum))));
         }
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        r = there ? 1.0f / sqrtf(sum + p.qk_norm_eps) : 0.0f; // eps may be 0
+        r = row_scale(p, sum, there);
     }
 #pragma unroll
     for (int i = 0; i < S / 32; i++) {
@@ -121,6 +126,38 @@ __device__ inline void stage_row(const dn_problem &p, const uint4 (&raw)[S / 16]
         const int at = L::kq_offset(row, (i * 4 + part) * 8);
         *(uint4 *)(smem[0] + at) = make_uint4(hi[0], hi[1], hi[2], hi[3]);
         if (PARTS == 2) *(uint4 *)(smem[PARTS - 1] + at) = make_uint4(lo[0], lo[1], lo[2], lo[3]);
+    }
+}
+
+// The usual rows, f32 in fours: a row's four threads read 64 neighbouring bytes at a time.
+template <int S>
+__device__ inline void load_row_f32(float4 (&x)[S / 16], const char *row, bool there) {
+    const int part = threadIdx.x & 3;
+#pragma unroll
+    for (int i = 0; i < S / 16; i++)
+        x[i] = there ? *(const float4 *)(row + (i * 4 + part) * 16) : make_float4(0, 0, 0, 0);
+}
+template <int S, int C, int PARTS>
+__device__ inline void stage_row_f32(const dn_problem &p, const float4 (&x)[S / 16], bool there,
+                                     unsigned char (&smem)[PARTS][C * S * 2]) {
+    using L = Tiles<S, C, PARTS>;
+    const int row = threadIdx.x >> 2, part = threadIdx.x & 3;
+    float r = 1;
+    if (p.qk_norm) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < S / 16; i++)
+            sum = fmaf(x[i].x, x[i].x, fmaf(x[i].y, x[i].y, fmaf(x[i].z, x[i].z, fmaf(x[i].w, x[i].w, sum))));
+        r = row_scale(p, sum, there);
+    }
+#pragma unroll
+    for (int i = 0; i < S / 16; i++) {
+        uint32_t hi[2], lo[2];
+        split_bf16(x[i].x * r, x[i].y * r, hi[0], lo[0]);
+        split_bf16(x[i].z * r, x[i].w * r, hi[1], lo[1]);
+        const int at = L::kq_offset(row, (i * 4 + part) / 2 * 8) + part % 2 * 8;
+        *(uint2 *)(smem[0] + at) = make_uint2(hi[0], hi[1]);
+        if (PARTS == 2) *(uint2 *)(smem[PARTS - 1] + at) = make_uint2(lo[0], lo[1]);
     }
 }
 
@@ -183,8 +220,20 @@ struct Prepare {
         for (int e = 0; e < 4; e++) store_pair(image, i * 16 + (e >> 1) * 8 + g, j * 16 + (e & 1) * 8 + 2 * t, 0, 0);
     }
 
+    // A warp's gates and betas of one head as they are in memory; no decay and nothing written past the last token.
+    struct Gates {
+        float gate[C / 32], beta[C / 32];
+        __device__ void load(const dn_problem &p, const char *gb, const char *bb, int tokens) {
+#pragma unroll
+            for (int part = 0; part < C / 32; part++) {
+                const int row = part * 32 + (threadIdx.x & 31);
+                gate[part] = row < tokens ? *(const float *)(gb + row * p.g.nb[2]) : 0;
+                beta[part] = row < tokens ? *(const float *)(bb + row * p.beta.nb[2]) : 0;
+            }
+        }
+    };
     // Running log-decays in double, betas and decay vectors of one head, by one warp.
-    __device__ static void gates(const dn_problem &p, Smem &sm, int i, const char *gb, const char *bb, int tokens) {
+    __device__ static void gates(const dn_problem &p, Smem &sm, int i, const Gates &raw, int tokens) {
         const int lane = threadIdx.x & 31;
         double before = 0;
 #pragma unroll
@@ -192,8 +241,8 @@ struct Prepare {
             const int row = part * 32 + lane;
             float gate = 0, beta = 0;
             if (row < tokens) {
-                gate = dn_log_decay(*(const float *)(gb + row * p.g.nb[2]), p.gate_max);
-                beta = dn_beta(*(const float *)(bb + row * p.beta.nb[2]), p.beta_kind);
+                gate = dn_log_decay(raw.gate[part], p.gate_max);
+                beta = dn_beta(raw.beta[part], p.beta_kind);
             }
             // exp(-110) is 0 in f32: a lower bound costs nothing, and keeps -inf out of differences.
             double sum = gate < -110.0f ? -110.0 : (double)gate;
@@ -221,6 +270,7 @@ struct Prepare {
 
     // A to shared memory and P to the workspace, from one 16 x 16 block of K K^T and Q K^T. A difference of log-decays is
     // selected before its exponential: above the diagonal it could overflow.
+    template <bool DIAGONAL>
     __device__ static void decay_block(Smem &sm, int i, int tile, int n, const float (&kk)[2][4],
                                        const float (&qk)[2][4], unsigned char *p_image) {
         const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -233,14 +283,15 @@ struct Prepare {
             for (int j = 0; j < 2; j++) {
                 const int c = n * 16 + j * 8 + 2 * t;
                 float2 d;
-                d.x = __expf(r >= c ? log_between(to, sm.g[i][c]) : -200.0f);
-                d.y = __expf(r >= c + 1 ? log_between(to, sm.g[i][c + 1]) : -200.0f);
-                float2 x = make_float2(r > c ? beta * kk[j][2 * half] * d.x : 0.0f,
-                                       r > c + 1 ? beta * kk[j][2 * half + 1] * d.y : 0.0f);
+                const float4 from = *(const float4 *)&sm.g[i][c]; // two of them
+                d.x = __expf(!DIAGONAL || r >= c ? log_between(to, {from.x, from.y}) : -200.0f);
+                d.y = __expf(!DIAGONAL || r >= c + 1 ? log_between(to, {from.z, from.w}) : -200.0f);
+                float2 x = make_float2(!DIAGONAL || r > c ? beta * kk[j][2 * half] * d.x : 0.0f,
+                                       !DIAGONAL || r > c + 1 ? beta * kk[j][2 * half + 1] * d.y : 0.0f);
                 *(float2 *)&sm.solve.a[i][r][c] = x;
                 uint32_t hi, lo;
-                split_bf16(r >= c ? qk[j][2 * half] * d.x : 0.0f,
-                           r >= c + 1 ? qk[j][2 * half + 1] * d.y : 0.0f, hi, lo);
+                split_bf16(!DIAGONAL || r >= c ? qk[j][2 * half] * d.x : 0.0f,
+                           !DIAGONAL || r >= c + 1 ? qk[j][2 * half + 1] * d.y : 0.0f, hi, lo);
                 store_pair(p_image, r, c, hi, lo);
             }
         }
@@ -337,26 +388,32 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     const int rep = p.Hv / p.Hk, pairs = (rep + 1) / 2;
     const int kh = blockIdx.y / pairs, r0 = blockIdx.y % pairs * 2, pair = min(2, rep - r0);
     const auto head = [&](int i) { return p.head_map ? kh * rep + r0 + i : kh + p.Hk * (r0 + i); };
-    const auto gates = [&] {
-        if (warp >= pair) return;
+    typename X::Gates raw_gates;
+    if (warp < pair) { // first: they are waited for last
         const int h = head(warp);
-        const char *gb = (const char *)p.g.data + h * p.g.nb[1] + token * p.g.nb[2] + seq.b * p.g.nb[3];
-        const char *bb = (const char *)p.beta.data + h * p.beta.nb[1] + token * p.beta.nb[2] + seq.b * p.beta.nb[3];
-        X::gates(p, sm, warp, gb, bb, tokens);
-    };
-
+        raw_gates.load(p, (const char *)p.g.data + h * p.g.nb[1] + token * p.g.nb[2] + seq.b * p.g.nb[3],
+                       (const char *)p.beta.data + h * p.beta.nb[1] + token * p.beta.nb[2] + seq.b * p.beta.nb[3], tokens);
+    }
     { // Four threads to a row make 4 C threads. All loads go out before the first is waited for.
         const int row = threadIdx.x >> 2;
         const bool there = row < tokens;
         const char *kb = (const char *)p.k.data + kh * p.k.nb[1] + (token + row) * p.k.nb[2] + seq.bq * p.k.nb[3];
         const char *qb = (const char *)p.q.data + kh * p.q.nb[1] + (token + row) * p.q.nb[2] + seq.bq * p.q.nb[3];
         const bool vk = p.flags & DN_VEC_K, vq = p.flags & DN_VEC_Q;
-        uint4 k[S / 16], q[S / 16];
-        load_row<S, 4 * C>(k, p.k, kb, p.dtype_k, vk, there, smem_raw);
-        load_row<S, 4 * C>(q, p.q, qb, p.dtype_q, vq, there, smem_raw);
-        if (!vk || !vq) __syncthreads(); // scratch is read
-        stage_row<S, C, PARTS>(p, k, vk ? p.dtype_k : DN_F32, there, sm.image.k);
-        stage_row<S, C, PARTS>(p, q, vq ? p.dtype_q : DN_F32, there, sm.image.q);
+        if (vk && vq && p.dtype_k == DN_F32 && p.dtype_q == DN_F32) {
+            float4 k[S / 16], q[S / 16];
+            load_row_f32<S>(k, kb, there);
+            load_row_f32<S>(q, qb, there);
+            stage_row_f32<S, C, PARTS>(p, k, there, sm.image.k);
+            stage_row_f32<S, C, PARTS>(p, q, there, sm.image.q);
+        } else {
+            uint4 k[S / 16], q[S / 16];
+            load_row<S, 4 * C>(k, p.k, kb, p.dtype_k, vk, there, smem_raw);
+            load_row<S, 4 * C>(q, p.q, qb, p.dtype_q, vq, there, smem_raw);
+            if (!vk || !vq) __syncthreads(); // scratch is read
+            stage_row<S, C, PARTS>(p, k, vk ? p.dtype_k : DN_F32, there, sm.image.k);
+            stage_row<S, C, PARTS>(p, q, vq ? p.dtype_q : DN_F32, there, sm.image.q);
+        }
     }
     async_proxy_fence();
     __syncthreads();
@@ -367,7 +424,7 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
         flush_commit();
     }
 
-    gates(); // by the two warps that have the least to multiply
+    if (warp < pair) X::gates(p, sm, warp, raw_gates, tokens); // the two warps that have the least to multiply
 
     // Two warps to a row tile: one takes the even column blocks up to the diagonal, one the odd ones.
     constexpr int OWN = C / 32;
@@ -416,22 +473,26 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
 #pragma unroll
         for (int m = 0; m < OWN; m++) {
             const int n = (warp & 1) + 2 * m;
-            if (n <= tile) X::decay_block(sm, i, tile, n, kk[m], qk[m], p_image);
+            if (n < tile) X::template decay_block<false>(sm, i, tile, n, kk[m], qk[m], p_image);
+            else if (n == tile) X::template decay_block<true>(sm, i, tile, n, kk[m], qk[m], p_image);
             else X::store_zero_block(p_image, tile, n);
         }
     }
+    async_proxy_fence();
     __syncthreads();
+    const auto images_of = [&](int e) { return (unsigned char *)a.th + ((int64_t)slot * p.Hv + head(e)) * L::TH; };
+    for (int e = 0; e < pair; e++) {
+        flush(images_of(e) + L::T, sm.solve.images[e] + L::T, L::T);
+        flush(images_of(e) + 2 * L::T, sm.vec[e], L::VEC);
+    }
+    flush_commit();
     const int i = warp / X::BLOCKS, j = warp % X::BLOCKS; // a warp per diagonal block, then per block column
     if (i < pair) X::invert_diagonal(sm, i, j);
     __syncthreads();
     if (i < pair) X::block_column(sm, i, j, sm.solve.images[i]);
     async_proxy_fence();
     __syncthreads();
-    for (int e = 0; e < pair; e++) {
-        unsigned char *out = (unsigned char *)a.th + ((int64_t)slot * p.Hv + head(e)) * L::TH;
-        flush(out, sm.solve.images[e], 2 * L::T);
-        flush(out + 2 * L::T, sm.vec[e], L::VEC);
-    }
+    for (int e = 0; e < pair; e++) flush(images_of(e), sm.solve.images[e], L::T);
     flush_commit();
     flush_wait_read(); // shared memory is given up at the end
     // The kernel after this one waits for this one alone, and must find the one before complete as well.

@@ -295,25 +295,41 @@ struct StateAt {
     char *base;
     int64_t key_nb, column_nb;
 };
-template <int NT>
-__device__ inline void load_fragments(float (&s)[NT][4], const StateAt &m, int column) {
-    const int t = threadIdx.x & 3;
-    const char *at = m.base + column * m.column_nb;
+// f(n, j, address) for neighbouring keys j and j + 1 of fragment n.
+template <int NT, class F>
+__device__ inline void each_pair(const StateAt &m, int column, F f) {
+    char *at = m.base + column * m.column_nb + (threadIdx.x & 3) * 2 * m.key_nb;
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
-        for (int j = 0; j < 4; j++)
-            s[n][j] = *(const float *)(at + (n * 8 + 2 * t + (j & 1)) * m.key_nb + (j >> 1) * m.column_nb);
+        for (int j = 0; j < 4; j += 2) f(n, j, at + n * 8 * m.key_nb + (j >> 1) * m.column_nb);
+}
+// Whether keys are neighbours, and pairs of them aligned.
+__device__ inline bool in_pairs(const StateAt &m) {
+    return m.key_nb == 4 && (((uintptr_t)m.base | (uintptr_t)m.column_nb) & 7) == 0;
+}
+template <int NT>
+__device__ inline void load_fragments(float (&s)[NT][4], const StateAt &m, int column) {
+    if (in_pairs(m)) {
+        each_pair<NT>(m, column, [&](int n, int j, const char *at) {
+            const float2 x = *(const float2 *)at;
+            s[n][j] = x.x, s[n][j + 1] = x.y;
+        });
+    } else {
+        each_pair<NT>(m, column, [&](int n, int j, const char *at) {
+            s[n][j] = *(const float *)at, s[n][j + 1] = *(const float *)(at + m.key_nb);
+        });
+    }
 }
 template <int NT>
 __device__ inline void store_fragments(const float (&s)[NT][4], const StateAt &m, int column) {
-    const int t = threadIdx.x & 3;
-    char *at = m.base + column * m.column_nb;
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            *(float *)(at + (n * 8 + 2 * t + (j & 1)) * m.key_nb + (j >> 1) * m.column_nb) = s[n][j];
+    if (in_pairs(m)) {
+        each_pair<NT>(m, column, [&](int n, int j, char *at) { *(float2 *)at = make_float2(s[n][j], s[n][j + 1]); });
+    } else {
+        each_pair<NT>(m, column, [&](int n, int j, char *at) {
+            *(float *)at = s[n][j], *(float *)(at + m.key_nb) = s[n][j + 1];
+        });
+    }
 }
 __device__ inline StateAt state_at(const dn_problem &p, const dn_state_view &v, int h, int row) {
     char *base = (char *)v.data + h * v.nb[2] + (int64_t)row * v.nb[3];
@@ -355,6 +371,82 @@ __device__ inline void store_output(const dn_problem &p, char *out, const float 
     }
 }
 
+// What a block scans.
+struct ScanPlace {
+    int column_block, head, sequence, piece; // value columns, value head, sequence of the launch, piece of the slab
+};
+// Read anew from the special registers each time: a loop need not hold it.
+template <int S, bool TRANSITION>
+__device__ inline ScanPlace scan_place(const dn_chunk_args &a) {
+    int x, y, z;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(y));
+    asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(z));
+    const int pieces = TRANSITION ? a.pieces - 1 : a.pieces; // all pieces but the last have a transition
+    return {TRANSITION ? x % (S / 64) : x, y, z / pieces, z % pieces};
+}
+
+// The chunks of its sequence that a block scans: the first one, how many, the slot of the first in the workspace; whether
+// they are the sequence's first and last; slots of carry.
+struct ScanWalk {
+    int first, count, slot;
+    bool begins, ends;
+    int carry_in, carry_out;
+};
+template <int C, bool TRANSITION>
+__device__ inline ScanWalk scan_walk(const dn_chunk_args &a, const ScanPlace &at) {
+    const int b = a.seq0 + at.sequence, all = chunks_of<C>(a, b);
+    if (a.p.cu_seqlens) {
+        int base = 0;
+        for (int i = 0; i < b; i++) base += chunks_of<C>(a, i);
+        const int first = max(a.chunk0 - base, 0), end = a.chunk0 + a.nchunks;
+        const int count = max(min(base + all, end) - (base + first), 0);
+        return {first, count, base + first - a.chunk0, base >= a.chunk0 && base < end, base + all <= end, a.carry_in, a.carry_out};
+    }
+    const auto slot_of = [&](int slot) { return slot * a.nseq + at.sequence; };
+    const int first = a.chunk0 + at.piece * a.per_piece;
+    const int end = at.piece + 1 < a.pieces ? first + a.per_piece : a.chunk0 + a.nchunks;
+    return {first,
+            max(min(all, end) - first, 0),
+            at.sequence * a.nchunks + at.piece * a.per_piece,
+            first == 0,
+            all <= end,
+            slot_of(at.piece > 0 ? 1 + at.piece : a.carry_in),
+            slot_of(TRANSITION ? 2 + at.piece : a.carry_out)};
+}
+
+template <int S>
+__device__ inline StateAt carry_at(const dn_chunk_args &a, int slot, int head) {
+    return {(char *)a.carry + ((int64_t)slot * a.p.Hv + head) * S * S * 4, 4, S * 4};
+}
+
+// What a block leaves: its last state.
+template <int S, int C, bool TRANSITION>
+__device__ inline void scan_end(const dn_chunk_args &a, const float (&s)[S / 8][4], bool identity) {
+    const dn_problem &p = a.p;
+    const ScanPlace place = scan_place<S, TRANSITION>(a);
+    const ScanWalk walk = scan_walk<C, TRANSITION>(a, place);
+    const int h = place.head, b = a.seq0 + place.sequence;
+    const int column = place.column_block * 64 + (threadIdx.x >> 5) * 16 + 2 * ((threadIdx.x & 31) >> 2);
+    const auto put = [&](const StateAt &at) { store_fragments<S / 8>(s, at, column); };
+    dn_sequence seq;
+    if (!dn_sequence_of(p, b, seq)) return;
+    if (TRANSITION) {
+        const int64_t index = identity ? (place.piece - 1) * a.nseq + place.sequence : walk.carry_out;
+        put({(char *)(identity ? a.transitions : a.carry) + (index * p.Hv + h) * S * S * 4, 4, S * 4});
+    } else if (place.piece + 1 < a.pieces) {
+        // The next one's state comes from the transitions.
+    } else if (!walk.ends) {
+        put(carry_at<S>(a, walk.carry_out, h));
+    } else if (a.state_end) { // the token-serial kernel goes on from here
+        put({(char *)a.state_end + ((int64_t)b * p.Hv + h) * S * S * 4, 4, S * 4});
+    } else {
+        if (p.state_out.data) put(state_at(p, p.state_out, h, seq.row_out));
+        // One snapshot of the newest state is the same thing; more of them are the token-serial kernel's.
+        if (p.snapshots.data && seq.len > 0) put(state_at(p, p.snapshots, h, b));
+    }
+}
+
 // TRANSITION: not the outputs, but what a piece of a slab does to a state. Half of the column blocks scan V from a zero
 // state (in the first piece, from its own state), the other half the columns of the identity without V.
 template <int S, int C, int PARTS, int IO, bool TRANSITION>
@@ -363,51 +455,25 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
     using M = ScanSmem<S, C, PARTS>;
     extern __shared__ __align__(1024) unsigned char smem_raw[];
     const dn_problem &p = a.p;
-    // All pieces but the last have a transition; all of it but the first, whose state is known.
-    const int pieces = TRANSITION ? a.pieces - 1 : a.pieces;
-    const int piece = blockIdx.z % pieces, sequence = blockIdx.z / pieces;
+    const ScanPlace place = scan_place<S, TRANSITION>(a);
+    const int h = place.head, piece = place.piece;
+    // All of a transition but the first, whose state is known.
     const bool identity = TRANSITION && blockIdx.x >= S / 64;
     if (identity && piece == 0) {
         wait_for_previous();
         return;
     }
-    const int column_block = TRANSITION ? blockIdx.x % (S / 64) : blockIdx.x;
-    const int h = blockIdx.y, kh = dn_key_head(h, p.Hk, p.Hv, p.head_map), b = a.seq0 + sequence;
+    const int kh = dn_key_head(h, p.Hk, p.Hv, p.head_map);
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const int column = column_block * 64 + warp * 16 + 2 * g; // and the one after it
+    const int column = place.column_block * 64 + warp * 16 + 2 * g; // and the one after it
     // Before anything is read that the previous kernel writes, and before any return: done is done for both.
     wait_for_previous();
     launch_next();
     dn_sequence seq;
-    if (!dn_sequence_of(p, b, seq)) return;
-
-    // The chunks of this sequence in this slab: first, count, and the slot of the first in the workspace.
-    const int all = chunks_of<C>(a, b);
-    int first, count, slot;
-    bool begins, ends;
-    const auto slot_of = [&](int slot) { return slot * a.nseq + sequence; };
-    int carry_in = slot_of(a.carry_in), carry_out = slot_of(a.carry_out);
-    if (p.cu_seqlens) {
-        int base = 0;
-        for (int i = 0; i < b; i++) base += chunks_of<C>(a, i);
-        first = max(a.chunk0 - base, 0);
-        count = min(base + all, a.chunk0 + a.nchunks) - (base + first);
-        slot = base + first - a.chunk0;
-        begins = base >= a.chunk0 && base < a.chunk0 + a.nchunks;
-        if (!begins && count <= 0) return;
-        ends = base + all <= a.chunk0 + a.nchunks;
-        carry_in = a.carry_in, carry_out = a.carry_out;
-    } else {
-        first = a.chunk0 + piece * a.per_piece;
-        const int end = piece + 1 < a.pieces ? first + a.per_piece : a.chunk0 + a.nchunks;
-        count = min(all, end) - first;
-        slot = sequence * a.nchunks + piece * a.per_piece;
-        begins = first == 0;
-        ends = all <= end;
-        if (piece > 0) carry_in = slot_of(1 + piece);
-        if (TRANSITION) carry_out = slot_of(2 + piece);
-    }
-    count = max(count, 0);
+    if (!dn_sequence_of(p, a.seq0 + place.sequence, seq)) return;
+    const ScanWalk walk = scan_walk<C, TRANSITION>(a, place);
+    if (!walk.begins && p.cu_seqlens && walk.count == 0) return;
+    const int first = walk.first, count = walk.count, slot = walk.slot;
 
     Scan<S, C, PARTS, IO> x{a, smem_raw, smem_address(smem_raw)};
     x.kq = (const unsigned char *)a.kq + ((int64_t)slot * p.Hk + kh) * L::KQ;
@@ -417,7 +483,7 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
     const int64_t token = (int64_t)seq.start + (int64_t)first * C;
     x.tokens = seq.len - a.tail - first * C;
     x.v = (const char *)p.v.data + h * p.v.nb[1] + (token + (threadIdx.x >> 4)) * p.v.nb[2] + seq.b * p.v.nb[3] +
-          (column_block * 64 + (threadIdx.x & 15) * 4) * p.v.nb[0];
+          (place.column_block * 64 + (threadIdx.x & 15) * 4) * p.v.nb[0];
     char *out = (char *)p.out.data + h * p.out.nb[1] + (token + 2 * t) * p.out.nb[2] + seq.b * p.out.nb[3] +
                 column * p.out.nb[0];
 
@@ -438,16 +504,15 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
     if (count > 1) x.fetch_tiles(1);
     cp_async_commit();
 
-    const auto carry_at = [&](int i) {
-        return StateAt{(char *)a.carry + ((int64_t)i * p.Hv + h) * S * S * 4, 4, S * 4};
-    };
     float s[S / 8][4];
     if (TRANSITION && piece > 0) {
 #pragma unroll
         for (int n = 0; n < S / 8; n++)
 #pragma unroll
             for (int j = 0; j < 4; j++) s[n][j] = identity && n * 8 + 2 * t + (j & 1) == column + (j >> 1) ? 1.0f : 0.0f;
-    } else load_fragments<S / 8>(s, begins ? state_at(p, p.state_in, h, seq.row_in) : carry_at(carry_in), column);
+    } else {
+        load_fragments<S / 8>(s, walk.begins ? state_at(p, p.state_in, h, seq.row_in) : carry_at<S>(a, walk.carry_in, h), column);
+    }
 
     const auto one = [](int) { return make_float2(1, 1); };
     uint32_t sh[S / 16][4], sl[S / 16][4];
@@ -557,24 +622,5 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
     }
     if (LATER && !TRANSITION && count > 0) store_output<C, IO>(p, out, done, x.tokens - (count - 1) * C);
     cp_async_wait<0>();
-    if (TRANSITION) {
-        char *at = (char *)(identity ? a.transitions : a.carry);
-        const int64_t index = identity ? (piece - 1) * a.nseq + sequence : carry_out;
-        store_fragments<S / 8>(s, StateAt{at + (index * p.Hv + h) * S * S * 4, 4, S * 4}, column);
-        return;
-    }
-    if (piece + 1 < a.pieces) return; // the next one's state comes from the transitions
-    if (!ends) {
-        store_fragments<S / 8>(s, carry_at(carry_out), column);
-        return;
-    }
-    if (a.state_end) { // the token-serial kernel goes on from here
-        char *at = (char *)a.state_end + ((int64_t)b * p.Hv + h) * S * S * 4;
-        store_fragments<S / 8>(s, StateAt{at, 4, S * 4}, column);
-        return;
-    }
-    if (p.state_out.data) store_fragments<S / 8>(s, state_at(p, p.state_out, h, seq.row_out), column);
-    // One snapshot of the newest state is the same thing; more of them are the token-serial kernel's.
-    if (p.snapshots.data && seq.len > 0)
-        store_fragments<S / 8>(s, state_at(p, p.snapshots, h, b), column);
+    scan_end<S, C, TRANSITION>(a, s, identity);
 }

@@ -436,11 +436,27 @@ __device__ inline Rows rows_of(const dn_hot &p, const dn_sequence &seq, int kh, 
             row_at(p.beta, p.beta_nb, t, h, seq.b), row_at(p.out, p.out_nb, t, h, seq.b)};
 }
 
+// Asks L2 for the block's columns of a state, a line a thread. The kernel ahead may still run and change them: then the line
+// in L2 changes with them, which a register would not.
+template <class X>
+__device__ void prefetch_state(const char *base, uint32_t nb, int column_block) {
+    constexpr int ROWS = X::VALUE_MAJOR ? X::S : X::COLS, LINE = 128, THREADS = 32 * X::W;
+    constexpr int LINES = ((X::VALUE_MAJOR ? X::COLS : X::S) * 4 + LINE - 1) / LINE; // of a row of the block's
+    if constexpr (DN_SM90 && X::S % X::COLS == 0) {
+        base += X::VALUE_MAJOR ? column_block * X::COLS * 4 : dn_offset(column_block * X::COLS, nb);
+#pragma unroll
+        for (int i = threadIdx.x; i < ROWS * LINES; i += THREADS)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(base + dn_offset(i / LINES, nb) + i % LINES * LINE));
+    }
+}
+
 template <class X>
 __device__ void recurrent(const dn_fast &f) {
     const int h = blockIdx.y;
     const Lane<X> at(blockIdx.x);
     const dn_hot &p = f.hot;
+    // Launched ahead, a block has time until the kernel before it is done.
+    if (X::ONE) prefetch_state<X>(row_at(p.state_in, p.state_in_nb, 0, h, blockIdx.z), p.state_in_nb.token, blockIdx.x);
     wait_for_previous();
     launch_next();
 

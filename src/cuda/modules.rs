@@ -266,7 +266,7 @@ fn attribute(driver: &Driver, attribute: Function, function: CUfunction) -> Resu
 
 #[cfg(test)]
 mod tests {
-    /// A spilled register is a trip to memory in the innermost loop. One kernel for odd strides has two on sm_120.
+    /// A spilled register is a trip to memory in the innermost loop.
     #[cfg(deltanet_nvcc)]
     #[test]
     fn kernels_do_not_spill() {
@@ -280,13 +280,12 @@ mod tests {
                 if line.contains("Compiling entry function") {
                     kernel = line;
                 }
-                let odd = kernel.contains("'dn_chunk_scan_exact_s128_c32_any' for 'sm_120'");
-                if line.contains("spill stores") && !odd {
+                if line.contains("spill stores") {
                     looked_at += 1;
                     assert!(line.contains(" 0 bytes spill stores, 0 bytes spill loads"), "{kernel}: {line}");
                 }
             }
-            assert!(looked_at >= kernels - 1, "{looked_at} kernels in the log");
+            assert!(looked_at >= kernels, "{looked_at} kernels in the log");
         }
     }
 

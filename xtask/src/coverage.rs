@@ -11,7 +11,7 @@ use std::process::Command;
 
 /// Files and folders, and the least share of their lines in percent that must be covered.
 const PARTS: &[(&str, f64)] =
-    &[("src/capi", 95.0), ("src/problem.rs", 95.0), ("src/tensor.rs", 95.0), ("src/ggml", 0.0), ("src/cuda", 0.0)];
+    &[("src/capi", 95.0), ("src/problem.rs", 95.0), ("src/tensor.rs", 95.0), ("src/ggml", 75.0), ("src/cuda", 90.0)];
 
 /// What to run.
 #[derive(Args)]

@@ -36,7 +36,7 @@ impl Plan {
         // Without anything to write, the counts may stand for no memory at all and be far too many to walk through.
         let heads = if problem.writes_nothing() { 0 } else { problem.sequences() * problem.value_heads() };
         let tasks = heads * pieces::per_head(problem);
-        let chunked = !problem.channel_gate() && s <= chunked::MAX_HEAD_SIZE;
+        let chunked = s <= chunked::MAX_HEAD_SIZE;
         let (chunk, crossover) = match isa {
             Isa::Scalar => (16, 16),
             Isa::Avx2 => (24, 8),

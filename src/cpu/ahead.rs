@@ -1,6 +1,7 @@
 //! Asking for memory before it is needed: rows of a chunk lie far apart, and each is over before the processor's own
 //! prefetching has noticed it.
 
+use super::rows::Columns;
 use super::simd::Simd;
 use crate::tensor::View;
 
@@ -76,5 +77,73 @@ impl Ahead {
                 stream.rows -= 1;
             }
         }
+    }
+}
+
+/// Pairs of cache lines at a pitch, to be asked for one after another.
+#[derive(Clone, Copy)]
+pub struct Walk {
+    at: *const f32,
+    /// Floats from one pair to the next.
+    pitch: usize,
+    pairs: usize,
+}
+
+/// Floats of a pair of lines.
+const PAIR: usize = 2 * LINE / size_of::<f32>();
+
+impl Walk {
+    /// Stays where it is.
+    pub const NOWHERE: Walk = Walk { at: std::ptr::null(), pitch: 0, pairs: 0 };
+
+    /// The lines of a state's columns; nowhere if they do not lie in pairs.
+    #[inline(always)]
+    pub fn through(columns: &Columns) -> Walk {
+        let Columns { data, nb_k, nb_v, keys, width } = *columns;
+        if nb_k == size_of::<f32>() && nb_v == keys * size_of::<f32>() {
+            Walk { at: data, pitch: PAIR, pairs: (keys * width).div_ceil(PAIR) }
+        } else if nb_v == size_of::<f32>() && width <= PAIR {
+            Walk { at: data, pitch: nb_k / size_of::<f32>(), pairs: keys }
+        } else {
+            Walk::NOWHERE
+        }
+    }
+
+    /// Asks for the next [`Simd::PAIRS`] pairs, whether or not they are still part of the walk.
+    ///
+    /// # Safety
+    /// `S`'s features are there.
+    #[inline(always)]
+    pub unsafe fn ask<S: Simd>(&mut self) {
+        for i in 0..S::PAIRS {
+            let pair = self.at.wrapping_add(i * self.pitch);
+            // SAFETY: prefetching takes any address; `S` is the caller's.
+            unsafe {
+                S::prefetch_far(pair);
+                S::prefetch_far(pair.wrapping_add(PAIR / 2));
+            }
+        }
+        self.at = self.at.wrapping_add(S::PAIRS * self.pitch);
+    }
+}
+
+/// Walks one after another, product by product.
+pub struct Walks([Walk; 2]);
+
+impl Walks {
+    pub fn new(walks: [Walk; 2]) -> Walks {
+        Walks(walks)
+    }
+
+    /// What to ask for in so many turns; `near` where there is nothing.
+    #[inline(always)]
+    pub fn take<S: Simd>(&mut self, turns: usize, near: *const f32) -> Walk {
+        let Some(walk) = self.0.iter_mut().find(|walk| walk.pairs > 0) else {
+            return Walk { at: near, ..Walk::NOWHERE };
+        };
+        let taken = *walk;
+        walk.at = walk.at.wrapping_add(turns * S::PAIRS * walk.pitch);
+        walk.pairs = walk.pairs.saturating_sub(turns * S::PAIRS);
+        taken
     }
 }

@@ -1,4 +1,4 @@
-//! The chunked (WY) algorithm for a scalar gate: a chunk's tokens become matrix products at nearly the FMA peak.
+//! The chunked (WY) algorithm: a chunk's tokens become matrix products at nearly the FMA peak.
 //!
 //! With G the running log-decay inside a chunk, S the state before it and D_ij = exp(G_i - G_j) for i >= j:
 //!
@@ -8,28 +8,30 @@
 //! S' = exp(G_end) S + K^T (exp(G_end - G) U)
 //! ```
 //!
-//! K K^T and Q K^T serve all value heads of a key head. A slab of value columns goes through K S, the forward
+//! A gate per channel puts D between the two factors: k_i . D_ij k_j, and so on. K K^T and Q K^T serve all value heads of
+//! a key head where it is one number. A slab of value columns goes through K S, the forward
 //! substitution, Q S and P U one register tile of tokens at a time, so that nothing between is stored but U.
 
-use super::ahead::Ahead;
+use super::ahead::{Ahead, Walk, Walks};
+use super::gates::Gates;
 use super::pieces::{PIECE, by_head, locate};
 use super::rows::{Columns, load_row, store_row};
 use super::simd::Simd;
 use super::step::{self, Path, Place};
-use super::tile::{Left, Tile, product, tiles};
-use super::token::{Batch, load_beta, normalise};
+use super::tile::{Left, TURN, Tile, product, product_beside, tiles};
+use super::token::{Batch, normalise};
 use crate::problem::{Problem, StateView};
 use std::ops::Range;
 
 /// Largest chunk, in tokens; also the floats between rows of the chunk's square matrices.
-pub const MAX_CHUNK: usize = 64;
+pub const MAX_CHUNK: usize = 32;
 
 /// Largest head size.
 pub const MAX_HEAD_SIZE: usize = 256;
 
 /// Floats between the copied rows of K, Q, V and O: constant, so that a tile's rows are reached by displacements, and
 /// no multiple of 4 KiB, so that they do not share cache sets.
-const PITCH: usize = MAX_HEAD_SIZE + 16;
+pub const PITCH: usize = MAX_HEAD_SIZE + 16;
 
 /// Floats of state that a task may keep in scratch.
 const RESIDENT: usize = 1 << 16;
@@ -41,20 +43,29 @@ pub fn most_pieces(s: usize) -> usize {
 
 /// Where everything is in scratch, in floats from its start.
 #[derive(Clone, Copy)]
-struct Scratch {
-    k: usize,
-    q: usize,
+pub struct Scratch {
+    pub k: usize,
+    pub q: usize,
     /// V of the current head, overwritten by O.
     v: usize,
     /// K transposed: [channel][token].
     kt: usize,
-    kk: usize,
-    qk: usize,
-    l: usize,
-    p: usize,
+    pub kk: usize,
+    pub qk: usize,
+    pub l: usize,
+    pub p: usize,
     u: usize,
     u_end: usize,
-    vectors: usize,
+    /// Of MAX_CHUNK floats each.
+    pub vectors: usize,
+    /// exp(G_end), channel by channel.
+    pub whole: usize,
+    /// K and Q decayed from the chunk's start, and K decayed to its end: for a gate per channel.
+    pub k_start: usize,
+    pub q_start: usize,
+    pub k_end: usize,
+    /// A token's decay.
+    pub decay: usize,
     token: usize,
     states: usize,
     total: usize,
@@ -67,13 +78,34 @@ impl Scratch {
             total += floats.next_multiple_of(16);
             total - floats.next_multiple_of(16)
         };
-        let square = MAX_CHUNK * MAX_CHUNK;
-        let (k, q, v) = (take(MAX_CHUNK * PITCH), take(MAX_CHUNK * PITCH), take(MAX_CHUNK * PITCH));
-        let (kt, kk, qk, l, p) = (take(MAX_CHUNK * s), take(square), take(square), take(square), take(square));
+        let (rows, square) = (MAX_CHUNK * PITCH, MAX_CHUNK * MAX_CHUNK);
+        let (k, q, v, kt) = (take(rows), take(rows), take(rows), take(MAX_CHUNK * s));
+        let (kk, qk, l, p) = (take(square), take(square), take(square), take(square));
         let (u, u_end, vectors) = (take(MAX_CHUNK * PIECE), take(MAX_CHUNK * PIECE), take(8 * MAX_CHUNK));
-        let token = take(Batch::floats(s));
+        let (whole, k_start, q_start, k_end) = (take(s), take(rows), take(rows), take(rows));
+        let (decay, token) = (take(s), take(Batch::floats(s)));
         let states = take(most_pieces(s) * s * PIECE);
-        Scratch { k, q, v, kt, kk, qk, l, p, u, u_end, vectors, token, states, total }
+        Scratch {
+            k,
+            q,
+            v,
+            kt,
+            kk,
+            qk,
+            l,
+            p,
+            u,
+            u_end,
+            vectors,
+            whole,
+            k_start,
+            q_start,
+            k_end,
+            decay,
+            token,
+            states,
+            total,
+        }
     }
 }
 
@@ -96,28 +128,21 @@ pub struct Task {
     pub source: (StateView, usize),
     /// Where the state after the last of the tokens goes.
     pub destination: Option<(StateView, usize)>,
+    /// The key head and the piece with which this thread goes on, from the same source.
+    pub next: Option<(usize, usize)>,
 }
 
-/// What a chunk's rows of one value head are multiplied with.
-struct Gates {
-    beta: *mut f32,
-    /// beta exp(G)
-    beta_decay: *mut f32,
-    /// scale exp(G)
-    q_decay: *mut f32,
-    /// exp(G_end - G)
-    to_end: *mut f32,
-    /// exp(G_end)
-    whole: f32,
-    /// Bounds for the clamp check: the largest exp(G_t - G_i), and every key's largest channel.
-    growth: f32,
-    k_max: *mut f32,
+impl Task {
+    /// Columns of a piece in the state's memory.
+    fn place(p: &Problem, (view, row): &(StateView, usize), head: usize, columns: &Range<usize>) -> Columns {
+        Columns::new(view, head, *row, p.head_size(), columns.start, columns.len())
+    }
 }
 
 /// Runs a task. A slab is `NV` vectors of columns, or `NH` where 16 columns are left.
 ///
 /// # Safety
-/// The problem has a scalar gate and a head size up to [`MAX_HEAD_SIZE`]; its memory is as described and nobody else
+/// The problem has a head size up to [`MAX_HEAD_SIZE`]; its memory is as described and nobody else
 /// touches what the task writes; `scratch` has room for [`scratch_floats`]; `S`'s features are there.
 #[inline(always)]
 pub unsafe fn run<S: Simd, const NV: usize, const NH: usize>(p: &Problem, task: &Task, scratch: *mut f32) {
@@ -127,34 +152,30 @@ pub unsafe fn run<S: Simd, const NV: usize, const NH: usize>(p: &Problem, task: 
         let s = p.head_size();
         let at = Scratch::new(s);
         let start = p.token_range(task.sequence).start;
-        let pieces = || task.pieces.clone().map(|piece| (piece - task.pieces.start, locate(p, task.key_head, piece)));
-        let state = |index: usize| scratch.add(at.states + index * s * PIECE);
-        for (index, (head, columns)) in pieces() {
-            for_slabs::<S, NV, NH>(&columns, |offset, width| {
-                let first = columns.start + offset;
-                Columns::new(&task.source.0, head, task.source.1, s, first, width)
-                    .load::<S>(state(index).add(offset * s), width)
-            });
-        }
+        // With one chunk nothing has to stay: all pieces then share the memory of the first, which is near.
+        let single = task.tokens.len() <= task.chunk;
+        let state = |piece: usize| scratch.add(at.states + if single { 0 } else { piece * s * PIECE });
         for first in task.tokens.clone().step_by(task.chunk) {
             let length = task.chunk.min(task.tokens.end - first);
+            let moves = Moves { begins: first == task.tokens.start, ends: first + length == task.tokens.end };
             let t = start + first;
             load_keys::<S>(p, task, t, length, scratch, &at);
             for (head, pieces, columns) in by_head(p, task.key_head, task.pieces.clone()) {
-                let state = state(pieces.start - task.pieces.start);
-                let mut ahead = ahead(p, task, head, &columns, [t, length, start + task.tokens.end]);
-                head_chunk::<S, NV, NH>(p, task, head, columns, t, length, state, scratch, &at, &mut ahead);
-            }
-        }
-        if let Some((view, row)) = &task.destination {
-            for (index, (head, columns)) in pieces() {
-                for_slabs::<S, NV, NH>(&columns, |offset, width| {
-                    let first = columns.start + offset;
-                    Columns::new(view, head, *row, s, first, width).store::<S>(state(index).add(offset * s), width)
-                });
+                let mut ahead = ahead(p, task, head, &columns, [t, length, first + length]);
+                let state = |piece: usize| state(pieces.start - task.pieces.start + piece);
+                head_chunk::<S, NV, NH>(p, task, head, columns, t, length, moves, state, scratch, &at, &mut ahead);
             }
         }
     }
+}
+
+/// What becomes of the states beside a chunk.
+#[derive(Clone, Copy)]
+struct Moves {
+    /// They come from the source.
+    begins: bool,
+    /// They go to the destination.
+    ends: bool,
 }
 
 /// Visits a piece's slabs: (first column inside the piece, columns).
@@ -167,7 +188,8 @@ fn for_slabs<S: Simd, const NV: usize, const NH: usize>(columns: &Range<usize>, 
     }
 }
 
-/// Copies a chunk's K and Q to scratch and multiplies them: K K^T and Q K^T, lower triangles.
+/// Copies a chunk's K and Q to scratch and, for a gate that all channels share, multiplies them: K K^T and Q K^T, lower
+/// triangles.
 ///
 /// # Safety
 /// As for [`run`]; `length` tokens from `t` on exist.
@@ -186,6 +208,9 @@ unsafe fn load_keys<S: Simd>(p: &Problem, task: &Task, t: usize, length: usize, 
                     normalise::<S>(row, s, eps);
                 }
             }
+        }
+        if p.channel_gate() {
+            return;
         }
         let padded = length.next_multiple_of(S::LANES);
         for i in length..padded {
@@ -239,28 +264,58 @@ unsafe fn grams<S: Simd, const MR: usize>(s: usize, k: *const f32, q: *const f32
     }
 }
 
-/// What follows a head's chunk: room for its output, the next head's values, and the next chunk's keys and queries while
-/// the last head runs.
-fn ahead(p: &Problem, task: &Task, head: usize, columns: &Range<usize>, [t, length, end]: [usize; 3]) -> Ahead {
+/// What follows a head's chunk that ends before token `next`: room for its output, the next head's values, and, while
+/// the last head runs, the keys and queries of the next chunk, or of the next task.
+fn ahead(p: &Problem, task: &Task, head: usize, columns: &Range<usize>, [t, length, next]: [usize; 3]) -> Ahead {
     let (qk_sequence, sequence) = p.tensor_sequences(task.sequence);
+    let start = p.token_range(task.sequence).start;
     let mut ahead = Ahead::new();
-    let next = t + length;
     ahead.add(&p.out, columns.start, columns.len(), [head, t, sequence], length, true);
-    let heads = || by_head(p, task.key_head, task.pieces.clone());
-    let (head, columns, t) = match heads().skip_while(|(other, ..)| *other != head).nth(1) {
-        Some((head, _, columns)) => (head, columns, t),
-        None => {
-            let rows = length.min(end - next);
-            ahead.add(&p.k, 0, p.head_size(), [task.key_head, next, qk_sequence], rows, false);
-            ahead.add(&p.q, 0, p.head_size(), [task.key_head, next, qk_sequence], rows, false);
-            heads().next().map_or((head, columns.clone(), next), |(head, _, columns)| (head, columns, next))
-        }
+    let heads = || by_head(p, task.key_head, task.pieces.clone()).map(|(head, _, columns)| (head, columns));
+    let rows = |first: usize| task.chunk.min(task.tokens.end - first);
+    let mut keys = |key_head: usize, first: usize| {
+        ahead.add(&p.k, 0, p.head_size(), [key_head, start + first, qk_sequence], rows(first), false);
+        ahead.add(&p.q, 0, p.head_size(), [key_head, start + first, qk_sequence], rows(first), false);
     };
-    ahead.add(&p.v, columns.start, columns.len(), [head, t, sequence], length.min(end - t), false);
+    let values = if let Some(following) = heads().skip_while(|(other, _)| *other != head).nth(1) {
+        Some((following, t - start))
+    } else if next < task.tokens.end {
+        keys(task.key_head, next);
+        heads().next().map(|first| (first, next))
+    } else if let Some((key_head, piece)) = task.next {
+        keys(key_head, task.tokens.start);
+        let (head, columns) = locate(p, key_head, piece);
+        Some(((head, columns.start..p.head_size()), task.tokens.start))
+    } else {
+        None
+    };
+    if let Some(((head, columns), first)) = values {
+        let at = [head, start + first, sequence];
+        ahead.add(&p.v, columns.start, columns.len(), at, rows(first), false);
+        if p.channel_gate() {
+            ahead.add(&p.g, 0, p.head_size(), at, rows(first), false);
+        }
+    }
     ahead.start()
 }
 
-/// One chunk of some columns of a value head, whose states lie from `states` on, piece by piece.
+/// The states to ask for beside a piece's products: room for its own, and the next piece's.
+fn walks(p: &Problem, task: &Task, head: usize, columns: &Range<usize>, moves: Moves) -> Walks {
+    let own = task.destination.as_ref().map(|place| Task::place(p, place, head, columns));
+    let following = |begins: bool| {
+        let mut pieces = task.pieces.clone().map(|piece| locate(p, task.key_head, piece));
+        let next = pieces.find(|piece| (piece.0, piece.1.start) == (head, columns.start)).and(pieces.next());
+        match next {
+            Some(next) => begins.then_some(next),
+            None => task.next.filter(|_| moves.ends).map(|(key_head, piece)| locate(p, key_head, piece)),
+        }
+    };
+    let next = following(moves.begins).map(|(head, columns)| Task::place(p, &task.source, head, &columns));
+    let walk = |place: Option<Columns>| place.map_or(Walk::NOWHERE, |place| Walk::through(&place));
+    Walks::new([walk(own.filter(|_| moves.ends)), walk(next)])
+}
+
+/// One chunk of some columns of a value head, whose states lie where `state` says, piece by piece.
 ///
 /// # Safety
 /// As for [`run`].
@@ -273,7 +328,8 @@ unsafe fn head_chunk<S: Simd, const NV: usize, const NH: usize>(
     columns: Range<usize>,
     t: usize,
     length: usize,
-    states: *mut f32,
+    moves: Moves,
+    state: impl Fn(usize) -> *mut f32,
     scratch: *mut f32,
     at: &Scratch,
     ahead: &mut Ahead,
@@ -283,7 +339,7 @@ unsafe fn head_chunk<S: Simd, const NV: usize, const NH: usize>(
     let Range { start: first, end } = columns;
     // SAFETY: as in `run`.
     unsafe {
-        let gates = load_gates::<S>(p, head, sequence, t, length, scratch, at);
+        let gates = Gates::load::<S>(p, head, sequence, t, length, scratch, at);
         let v = scratch.add(at.v);
         for i in 0..length {
             load_row::<S>(&p.v, first, end - first, [head, t + i, sequence], v.add(i * PITCH));
@@ -294,95 +350,31 @@ unsafe fn head_chunk<S: Simd, const NV: usize, const NH: usize>(
         for offset in (0..end - first).step_by(PIECE) {
             let columns = first + offset..end.min(first + offset + PIECE);
             let whole = columns.len().is_multiple_of(NV * S::LANES);
-            let slabs = Slabs { p, task, head, t, length, columns, v: v.add(offset), state: states.add(offset * s) };
+            let state = state(offset / PIECE);
+            let source = Task::place(p, &task.source, head, &columns);
+            let destination = task.destination.as_ref().map(|place| Task::place(p, place, head, &columns));
+            if moves.begins {
+                for_slabs::<S, NV, NH>(&columns, |at, width| {
+                    source.part(at, width).load::<S>(state.add(at * s), width)
+                });
+            }
+            let walks = walks(p, task, head, &columns, moves);
+            let mut slabs =
+                Slabs { p, task, head, t, length, columns: columns.clone(), v: v.add(offset), state, walks };
             if whole {
                 slabs.run::<S, NV>(&gates, scratch, at, ahead, each);
             } else {
                 slabs.run::<S, NH>(&gates, scratch, at, ahead, each);
             }
+            if let Some(destination) = destination.filter(|_| moves.ends) {
+                for_slabs::<S, NV, NH>(&columns, |at, width| {
+                    destination.part(at, width).store::<S>(state.add(at * s), width)
+                });
+            }
         }
         for i in 0..length {
             store_row::<S>(&p.out, first, end - first, [head, t + i, sequence], v.add(i * PITCH));
         }
-    }
-}
-
-/// Everything that a head's gates and betas give: the vectors of [`Gates`], and the matrices -L and scale P.
-///
-/// # Safety
-/// As for [`run`].
-#[inline(always)]
-unsafe fn load_gates<S: Simd>(
-    p: &Problem,
-    head: usize,
-    sequence: usize,
-    t: usize,
-    length: usize,
-    scratch: *mut f32,
-    at: &Scratch,
-) -> Gates {
-    // SAFETY: as in `run`; the vectors hold MAX_CHUNK floats each, a multiple of LANES.
-    unsafe {
-        let vector = |i: usize| scratch.add(at.vectors + i * MAX_CHUNK);
-        // G is kept in f64, and in two floats for the vectors: a hard gate elsewhere in the chunk (G may reach -1e3)
-        // must not cost the others' differences their last bits.
-        let (high, low) = (vector(0), vector(1));
-        let mut gates = Gates {
-            beta: vector(2),
-            beta_decay: vector(3),
-            q_decay: vector(4),
-            to_end: vector(5),
-            whole: 0.0,
-            growth: 0.0,
-            k_max: vector(6),
-        };
-        let clamped = p.state_clamp() < f32::INFINITY;
-        let (mut sum, mut lowest, mut rise) = (0.0f64, 0.0f64, 0.0f64);
-        for i in 0..length {
-            let g = f64::from(p.g.at([0, head, t + i, sequence]).cast::<f32>().read());
-            let g = if g > f64::from(p.gate_max()) { f64::from(p.gate_max()) } else { g };
-            // A gate of -infinity would make differences NaN; this one is as final.
-            sum += if g < -1e4 { -1e4 } else { g };
-            lowest = lowest.min(sum);
-            rise = rise.max(sum - lowest);
-            high.add(i).write(sum as f32);
-            low.add(i).write((sum - f64::from(sum as f32)) as f32);
-            gates.beta.add(i).write(load_beta(p, head, t + i, sequence));
-            if clamped {
-                let row = scratch.add(at.k + i * PITCH);
-                gates.k_max.add(i).write((0..p.head_size()).map(|c| (*row.add(c)).abs()).fold(0.0, f32::max));
-            }
-        }
-        gates.growth = rise.exp() as f32;
-        for i in length..length.next_multiple_of(S::LANES) {
-            for vector in [high, low, gates.beta] {
-                vector.add(i).write(0.0);
-            }
-        }
-        let (end_high, end_low) = (S::splat(*high.add(length - 1)), S::splat(*low.add(length - 1)));
-        let scale = S::splat(p.scale());
-        for i in (0..length).step_by(S::LANES) {
-            let (h, l) = (S::load(high.add(i)), S::load(low.add(i)));
-            let decay = S::exp(S::add(h, l));
-            S::store(gates.q_decay.add(i), S::mul(decay, scale));
-            S::store(gates.beta_decay.add(i), S::mul(decay, S::load(gates.beta.add(i))));
-            S::store(gates.to_end.add(i), S::exp(S::add(S::sub(end_high, h), S::sub(end_low, l))));
-        }
-        gates.whole = (sum.exp()) as f32;
-        let (kk, qk, l, pu) = (scratch.add(at.kk), scratch.add(at.qk), scratch.add(at.l), scratch.add(at.p));
-        for i in 0..length {
-            let (h, lo) = (S::splat(*high.add(i)), S::splat(*low.add(i)));
-            let beta = S::splat(-*gates.beta.add(i));
-            // Lanes past the diagonal may hold infinities or NaN; nobody reads them.
-            for j in (0..=i).step_by(S::LANES) {
-                let cell = i * MAX_CHUNK + j;
-                let difference = S::add(S::sub(h, S::load(high.add(j))), S::sub(lo, S::load(low.add(j))));
-                let decay = S::exp(difference);
-                S::store(l.add(cell), S::mul(S::mul(beta, decay), S::load(kk.add(cell))));
-                S::store(pu.add(cell), S::mul(S::mul(scale, decay), S::load(qk.add(cell))));
-            }
-        }
-        gates
     }
 }
 
@@ -400,6 +392,7 @@ struct Slabs<'a> {
     v: *mut f32,
     /// `[slab][channel][column]`
     state: *mut f32,
+    walks: Walks,
 }
 
 impl Slabs<'_> {
@@ -407,7 +400,7 @@ impl Slabs<'_> {
     /// As for [`run`]; the columns are a multiple of `NV` vectors.
     #[inline(always)]
     unsafe fn run<S: Simd, const NV: usize>(
-        &self,
+        &mut self,
         gates: &Gates,
         scratch: *mut f32,
         at: &Scratch,
@@ -417,18 +410,18 @@ impl Slabs<'_> {
         let s = self.p.head_size();
         let width = NV * S::LANES;
         let count = self.columns.len() / width;
-        let state = |slab: usize| self.state.wrapping_add(slab * s * width);
+        let states = self.state;
+        let state = |slab: usize| states.wrapping_add(slab * s * width);
         // SAFETY: as in `run`; U has room for PIECE columns, slab by slab.
         unsafe {
             let u = |slab: usize| scratch.add(at.u + slab * MAX_CHUNK * width);
             let u_end = |slab: usize| scratch.add(at.u_end + slab * MAX_CHUNK * width);
-            let (k, q) = (scratch.add(at.k), scratch.add(at.q));
-            let (l, pu) = (scratch.add(at.l), scratch.add(at.p));
+            let Gates { k, q, l, p, k_end, .. } = *gates;
             let mut finite = [[S::splat(0.0); NV]; MOST_SLABS];
             tiles!(S, self.length, i, MR, {
                 for slab in 0..count {
-                    let rows = Rows { i, k, q, l, p: pu, v: self.v.add(slab * width), s };
-                    rows.run::<S, MR, NV>(gates, state(slab), u(slab), u_end(slab), &mut finite[slab]);
+                    let rows = Rows { i, k, q, l, p, v: self.v.add(slab * width), s };
+                    rows.run::<S, MR, NV>(gates, state(slab), u(slab), u_end(slab), &mut finite[slab], &mut self.walks);
                 }
             });
             for slab in 0..count {
@@ -440,8 +433,8 @@ impl Slabs<'_> {
                     ahead.ask::<S>(each);
                     update::<S, MR, NV>(
                         self.length,
-                        gates.whole,
-                        k.add(channel),
+                        gates.whole.add(channel),
+                        k_end.add(channel),
                         u_end(slab),
                         state(slab).add(channel * width),
                     );
@@ -533,7 +526,8 @@ struct Rows {
 }
 
 impl Rows {
-    /// U and O of `MR` tokens for one slab. `finite` becomes NaN in the columns where either is not finite.
+    /// U and O of `MR` tokens for one slab. `finite` becomes NaN in the columns where O is not finite; every number of U
+    /// is a summand there.
     ///
     /// # Safety
     /// As for [`run`]; U is there for all earlier tokens.
@@ -545,6 +539,7 @@ impl Rows {
         u: *mut f32,
         u_end: *mut f32,
         finite: &mut [S::V; NV],
+        walks: &mut Walks,
     ) {
         let (i, s, width) = (self.i, self.s, NV * S::LANES);
         // SAFETY: as in `run`.
@@ -553,7 +548,8 @@ impl Rows {
             let v = self.v.add(i * PITCH);
             // U: the tile is solved in registers, after a product with what is solved already.
             let mut tile: Tile<S, MR, NV> = [[S::splat(0.0); NV]; MR];
-            product::<S, MR, NV>(&mut tile, s, left(self.k, PITCH), state, width);
+            let walk = walks.take::<S>(s / TURN, state);
+            product_beside::<S, MR, NV, true>(&mut tile, s, left(self.k, PITCH), state, width, walk);
             for r in 0..MR {
                 let (beta, decay) = (S::splat(*gates.beta.add(i + r)), S::splat(*gates.beta_decay.add(i + r)));
                 for n in 0..NV {
@@ -578,12 +574,12 @@ impl Rows {
                 for n in 0..NV {
                     S::store(u.add((i + r) * width + n * S::LANES), tile[r][n]);
                     S::store(u_end.add((i + r) * width + n * S::LANES), S::mul(to_end, tile[r][n]));
-                    finite[n] = S::fma(tile[r][n], S::splat(0.0), finite[n]);
                 }
             }
             // O
             let mut tile: Tile<S, MR, NV> = [[S::splat(0.0); NV]; MR];
-            product::<S, MR, NV>(&mut tile, s, left(self.q, PITCH), state, width);
+            let walk = walks.take::<S>(s / TURN, state);
+            product_beside::<S, MR, NV, true>(&mut tile, s, left(self.q, PITCH), state, width, walk);
             for r in 0..MR {
                 let decay = S::splat(*gates.q_decay.add(i + r));
                 for n in 0..NV {
@@ -623,7 +619,7 @@ impl Rows {
 #[inline(always)]
 unsafe fn update<S: Simd, const MR: usize, const NV: usize>(
     length: usize,
-    whole: f32,
+    whole: *const f32,
     k: *const f32,
     u_end: *const f32,
     state: *mut f32,
@@ -633,8 +629,9 @@ unsafe fn update<S: Simd, const MR: usize, const NV: usize>(
     unsafe {
         let mut tile: Tile<S, MR, NV> = [[S::splat(0.0); NV]; MR];
         for r in 0..MR {
+            let whole = S::splat(*whole.add(r));
             for n in 0..NV {
-                tile[r][n] = S::mul(S::splat(whole), S::load(state.add(r * width + n * S::LANES)));
+                tile[r][n] = S::mul(whole, S::load(state.add(r * width + n * S::LANES)));
             }
         }
         product::<S, MR, NV>(&mut tile, length, Left { at: k, row: 1, step: PITCH }, u_end, width);

@@ -6,6 +6,7 @@
 
 mod ahead;
 pub(crate) mod chunked;
+mod gates;
 mod isa;
 mod kernels;
 pub(crate) mod pieces;

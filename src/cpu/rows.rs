@@ -93,6 +93,11 @@ impl Columns {
         Columns { data, nb_k: state.nb_k, nb_v: state.nb_v, keys, width }
     }
 
+    /// `width` of the columns, from column `at` on.
+    pub fn part(&self, at: usize, width: usize) -> Columns {
+        Columns { data: self.data.wrapping_byte_add(at * self.nb_v), width, ..*self }
+    }
+
     /// Reads the columns into `block`, `[key][column]` with `pitch` floats a row.
     ///
     /// # Safety

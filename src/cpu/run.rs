@@ -78,11 +78,15 @@ unsafe fn run_sequence(p: &Problem, plan: &Plan, b: usize, pieces: Range<usize>,
     let block = if several { chunk * plan.block_chunks() } else { prefix };
     for first in (0..prefix).step_by(block.max(1)) {
         let tokens = first..prefix.min(first + block);
-        for (key_head, pieces) in by_key_head() {
-            for at in pieces.clone().step_by(chunked::most_pieces(p.head_size())) {
-                let pieces = at..pieces.end.min(at + chunked::most_pieces(p.head_size()));
+        let mut heads = by_key_head().peekable();
+        while let Some((key_head, pieces)) = heads.next() {
+            let end = pieces.end;
+            for at in pieces.step_by(chunked::most_pieces(p.head_size())) {
+                let pieces = at..end.min(at + chunked::most_pieces(p.head_size()));
+                let more = (pieces.end < end).then_some((key_head, pieces.end));
+                let next = more.or(heads.peek().map(|(key_head, pieces)| (*key_head, pieces.start)));
                 let tokens = tokens.clone();
-                let task = chunked::Task { sequence: b, key_head, pieces, tokens, chunk, source, destination };
+                let task = chunked::Task { sequence: b, key_head, pieces, tokens, chunk, source, destination, next };
                 // SAFETY: passed on; the plan allows the kernel for this problem.
                 unsafe { (kernels.chunked)(p, &task, scratch) };
             }

@@ -1,5 +1,6 @@
 //! The register tile that every matrix product of the chunked algorithm is made of.
 
+use super::ahead::Walk;
 use super::simd::Simd;
 
 /// A tile of `MR` rows by `NV` vectors of columns, in registers.
@@ -15,6 +16,9 @@ pub struct Left {
     pub step: usize,
 }
 
+/// Steps of the depth a turn: fewer instructions beside the FMAs, which shares a core's front end better.
+pub const TURN: usize = 4;
+
 /// tile += left * right, where `right` has `depth` rows of vectors, `pitch` floats apart.
 ///
 /// # Safety
@@ -27,13 +31,31 @@ pub unsafe fn product<S: Simd, const MR: usize, const NV: usize>(
     right: *const f32,
     pitch: usize,
 ) {
-    // Four steps a turn: fewer instructions beside the FMAs, which shares a core's front end better.
-    const TURN: usize = 4;
+    // SAFETY: passed on.
+    unsafe { product_beside::<S, MR, NV, false>(tile, depth, left, right, pitch, Walk::NOWHERE) }
+}
+
+/// The same, and in each turn `S::PAIRS` steps of a walk if it `ASKS`.
+///
+/// # Safety
+/// As for [`product`].
+#[inline(always)]
+pub unsafe fn product_beside<S: Simd, const MR: usize, const NV: usize, const ASKS: bool>(
+    tile: &mut Tile<S, MR, NV>,
+    depth: usize,
+    left: Left,
+    right: *const f32,
+    pitch: usize,
+    mut walk: Walk,
+) {
     let (mut a, mut b) = (left.at, right);
     let mut rest = depth;
     // SAFETY: step d of depth reads row d of both.
     unsafe {
         while rest >= TURN {
+            if ASKS {
+                walk.ask::<S>();
+            }
             for i in 0..TURN {
                 step::<S, MR, NV>(tile, a.add(i * left.step), left.row, b.add(i * pitch));
             }
@@ -91,7 +113,8 @@ macro_rules! tiles {
     }};
     (@all $simd:ident, $n:ident, $i:ident, $mr:ident, $body:expr, $rows:literal) => {
         if $simd::TILE_ROWS == $rows {
-            while $n - $i >= $rows {
+            // Two tiles of 8 rows keep the units busier than one of 12 and one of 4.
+            while $n - $i >= $rows && $n - $i != 16 {
                 const $mr: usize = $rows;
                 $body;
                 $i += $rows;

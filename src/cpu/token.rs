@@ -103,7 +103,7 @@ impl Batch {
 /// # Safety
 /// The indices are inside g, and `decay` has room for a head's channels.
 #[inline(always)]
-unsafe fn load_decay<S: Simd>(p: &Problem, head: usize, t: usize, sequence: usize, decay: *mut f32) {
+pub unsafe fn load_decay<S: Simd>(p: &Problem, head: usize, t: usize, sequence: usize, decay: *mut f32) {
     let s = p.head_size();
     // SAFETY: as promised; accesses stay below s, a multiple of LANES.
     unsafe {
@@ -144,7 +144,7 @@ pub unsafe fn load_beta(p: &Problem, head: usize, t: usize, sequence: usize) -> 
 /// # Safety
 /// Both hold `n` floats, a multiple of LANES.
 #[inline(always)]
-unsafe fn dot<S: Simd>(a: *const f32, b: *const f32, n: usize) -> f32 {
+pub unsafe fn dot<S: Simd>(a: *const f32, b: *const f32, n: usize) -> f32 {
     // SAFETY: as promised; `lanes` has room for any LANES.
     unsafe {
         let mut sum = S::splat(0.0);
@@ -177,7 +177,7 @@ pub unsafe fn normalise<S: Simd>(row: *mut f32, n: usize, eps: f32) {
 /// # Safety
 /// All hold `n` floats, a multiple of LANES.
 #[inline(always)]
-unsafe fn multiply<S: Simd>(a: *const f32, b: *const f32, to: *mut f32, n: usize) {
+pub unsafe fn multiply<S: Simd>(a: *const f32, b: *const f32, to: *mut f32, n: usize) {
     // SAFETY: as promised.
     unsafe {
         for i in (0..n).step_by(S::LANES) {

@@ -511,6 +511,21 @@ impl Slabs<'_> {
     }
 }
 
+/// Runs `$body` for constant `$j` from 0 to below `$most`, which is at most 12.
+macro_rules! each {
+    ($j:ident below $most:ident, $body:block) => {
+        each!(@ $j $most $body 0 1 2 3 4 5 6 7 8 9 10 11)
+    };
+    (@ $j:ident $most:ident $body:block $($n:literal)+) => {
+        $(
+            if $n < $most {
+                const $j: usize = $n;
+                $body
+            }
+        )+
+    };
+}
+
 /// Slabs of a piece, at most.
 const MOST_SLABS: usize = 8;
 
@@ -588,20 +603,19 @@ impl Rows {
             }
             let p = left(self.p, MAX_CHUNK);
             product::<S, MR, NV>(&mut tile, i, p, u, width);
-            for j in 0..MR {
+            // Not a loop: with as many rows as AVX-512 has, compilers leave it one, with a branch a row.
+            each!(J below MR, {
                 let mut solved = [S::splat(0.0); NV];
                 for n in 0..NV {
-                    solved[n] = S::load(u.add((i + j) * width + n * S::LANES));
+                    solved[n] = S::load(u.add((i + J) * width + n * S::LANES));
                 }
-                for r in 0..MR {
-                    if r >= j {
-                        let factor = S::splat(*p.at.add(r * MAX_CHUNK + i + j));
-                        for n in 0..NV {
-                            tile[r][n] = S::fma(factor, solved[n], tile[r][n]);
-                        }
+                for r in J..MR {
+                    let factor = S::splat(*p.at.add(r * MAX_CHUNK + i + J));
+                    for n in 0..NV {
+                        tile[r][n] = S::fma(factor, solved[n], tile[r][n]);
                     }
                 }
-            }
+            });
             for r in 0..MR {
                 for n in 0..NV {
                     S::store(v.add(r * PITCH + n * S::LANES), tile[r][n]);

@@ -86,29 +86,17 @@ impl Path {
         Path { from: known(self.from), to: known(self.to), next: self.next.map(known) }
     }
 
-    /// The same, as far as L2.
+    /// Asks for the line at `row` and `float` of what comes next, as far as L1 or only L2.
     #[inline(always)]
-    unsafe fn ask_far<S: Simd, K: Known>(&self, row: usize, float: usize) {
+    unsafe fn ask<S: Simd, K: Known, const FAR: bool>(&self, row: usize, float: usize) {
         let line = |place: Place| place.at.wrapping_add(row * place.pitch + float).cast_const();
+        let [from, to] = self.next.map(line);
         // SAFETY: prefetching takes any address; `S`'s features are there.
         unsafe {
             if K::APART {
-                S::prefetch_far(line(self.next[0]));
+                if FAR { S::prefetch_far(from) } else { S::prefetch(from) }
             }
-            S::prefetch_far(line(self.next[1]));
-        }
-    }
-
-    /// Asks for the line at `row` and `float` of what comes next.
-    #[inline(always)]
-    unsafe fn ask<S: Simd, K: Known>(&self, row: usize, float: usize) {
-        let line = |place: Place| place.at.wrapping_add(row * place.pitch + float).cast_const();
-        // SAFETY: prefetching takes any address; `S`'s features are there.
-        unsafe {
-            if K::APART {
-                S::prefetch(line(self.next[0]));
-            }
-            S::prefetch_to_write(line(self.next[1]));
+            if FAR { S::prefetch_far(to) } else { S::prefetch_to_write(to) }
         }
     }
 }
@@ -188,7 +176,7 @@ unsafe fn rows_known<S: Simd, K: Known>(token: &Token, path: Path, value: *const
                     }
                 }
                 for r in 0..group / 2 {
-                    path.ask::<S, K>(first + r, line);
+                    path.ask::<S, K, false>(first + r, line);
                 }
             }
             let mut sums = [0.0f32; MAX_LANES];
@@ -226,7 +214,7 @@ unsafe fn rows_known<S: Simd, K: Known>(token: &Token, path: Path, value: *const
                 // The rows that the first pass left out.
                 for r in 0..GROUP {
                     if r % group >= group / 2 {
-                        path.ask::<S, K>(first + r, line);
+                        path.ask::<S, K, false>(first + r, line);
                     }
                 }
             }
@@ -303,7 +291,7 @@ unsafe fn streamed_known<S: Simd, K: Known>(
                     S::store(recalled.add(v), r);
                 }
                 for c in 0..group / PASSES {
-                    path.ask_far::<S, K>(i / PASSES + c, line);
+                    path.ask::<S, K, true>(i / PASSES + c, line);
                 }
             }
         }
@@ -316,7 +304,9 @@ unsafe fn streamed_known<S: Simd, K: Known>(
         }
         let delta = predicted;
         let mut guard = Guard::<S>::new();
-        for i in (0..s).step_by(group) {
+        // Backwards: what the first pass read last is still near.
+        for asked in (0..s).step_by(group) {
+            let i = s - group - asked;
             let (mut k, mut decay) = ([S::splat(0.0); MOST], [S::splat(0.0); MOST]);
             for c in 0..group {
                 k[c] = S::splat(*token.k.add(i + c));
@@ -335,7 +325,7 @@ unsafe fn streamed_known<S: Simd, K: Known>(
                     }
                 }
                 for c in 0..group / PASSES {
-                    path.ask_far::<S, K>((s + i) / PASSES + c, line);
+                    path.ask::<S, K, true>((s + asked) / PASSES + c, line);
                 }
             }
         }

@@ -93,7 +93,7 @@ pub struct Walk {
 const PAIR: usize = 2 * LINE / size_of::<f32>();
 
 impl Walk {
-    /// Stays where it is.
+    /// Nothing to ask for.
     pub const NOWHERE: Walk = Walk { at: std::ptr::null(), pitch: 0, pairs: 0 };
 
     /// The lines of a state's columns; nowhere if they do not lie in pairs.
@@ -115,6 +115,9 @@ impl Walk {
     /// `S`'s features are there.
     #[inline(always)]
     pub unsafe fn ask<S: Simd>(&mut self) {
+        if self.pitch == 0 {
+            return;
+        }
         for i in 0..S::PAIRS {
             let pair = self.at.wrapping_add(i * self.pitch);
             // SAFETY: prefetching takes any address; `S` is the caller's.
@@ -135,15 +138,13 @@ impl Walks {
         Walks(walks)
     }
 
-    /// What to ask for in so many turns; `near` where there is nothing.
+    /// What to ask for in so many stretches.
     #[inline(always)]
-    pub fn take<S: Simd>(&mut self, turns: usize, near: *const f32) -> Walk {
-        let Some(walk) = self.0.iter_mut().find(|walk| walk.pairs > 0) else {
-            return Walk { at: near, ..Walk::NOWHERE };
-        };
+    pub fn take<S: Simd>(&mut self, stretches: usize) -> Walk {
+        let Some(walk) = self.0.iter_mut().find(|walk| walk.pairs > 0) else { return Walk::NOWHERE };
         let taken = *walk;
-        walk.at = walk.at.wrapping_add(turns * S::PAIRS * walk.pitch);
-        walk.pairs = walk.pairs.saturating_sub(turns * S::PAIRS);
+        walk.at = walk.at.wrapping_add(stretches * S::PAIRS * walk.pitch);
+        walk.pairs = walk.pairs.saturating_sub(stretches * S::PAIRS);
         taken
     }
 }

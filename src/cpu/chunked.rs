@@ -18,7 +18,7 @@ use super::pieces::{PIECE, by_head, locate};
 use super::rows::{Columns, load_row, store_row};
 use super::simd::Simd;
 use super::step::{self, Path, Place};
-use super::tile::{Left, TURN, Tile, product, product_beside, tiles};
+use super::tile::{Left, STRETCH, Tile, product, product_beside, tiles};
 use super::token::{Batch, normalise};
 use crate::problem::{Problem, StateView};
 use std::ops::Range;
@@ -563,8 +563,8 @@ impl Rows {
             let v = self.v.add(i * PITCH);
             // U: the tile is solved in registers, after a product with what is solved already.
             let mut tile: Tile<S, MR, NV> = [[S::splat(0.0); NV]; MR];
-            let walk = walks.take::<S>(s / TURN, state);
-            product_beside::<S, MR, NV, true>(&mut tile, s, left(self.k, PITCH), state, width, walk);
+            let walk = walks.take::<S>(s / STRETCH);
+            product_beside::<S, MR, NV>(&mut tile, s, left(self.k, PITCH), state, width, walk);
             for r in 0..MR {
                 let (beta, decay) = (S::splat(*gates.beta.add(i + r)), S::splat(*gates.beta_decay.add(i + r)));
                 for n in 0..NV {
@@ -593,8 +593,8 @@ impl Rows {
             }
             // O
             let mut tile: Tile<S, MR, NV> = [[S::splat(0.0); NV]; MR];
-            let walk = walks.take::<S>(s / TURN, state);
-            product_beside::<S, MR, NV, true>(&mut tile, s, left(self.q, PITCH), state, width, walk);
+            let walk = walks.take::<S>(s / STRETCH);
+            product_beside::<S, MR, NV>(&mut tile, s, left(self.q, PITCH), state, width, walk);
             for r in 0..MR {
                 let decay = S::splat(*gates.q_decay.add(i + r));
                 for n in 0..NV {

@@ -28,7 +28,7 @@ pub trait Simd: Copy + 'static {
     const CHAINS: usize;
     /// Key channels that a walk along whole rows takes at a time: their factors stay in registers.
     const KEYS: usize;
-    /// Pairs of cache lines that are asked for beside four steps of a matrix product.
+    /// Pairs of cache lines that are asked for at a time beside a matrix product.
     const PAIRS: usize;
 
     unsafe fn splat(x: f32) -> Self::V;
@@ -114,7 +114,7 @@ impl Simd for Scalar {
     const TILE_ROWS: usize = 4;
     const CHAINS: usize = 1;
     const KEYS: usize = 4;
-    const PAIRS: usize = 1;
+    const PAIRS: usize = 2;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> f32 {
@@ -205,7 +205,7 @@ impl Simd for Avx2 {
     const TILE_ROWS: usize = 6;
     const CHAINS: usize = 1;
     const KEYS: usize = 4;
-    const PAIRS: usize = 1;
+    const PAIRS: usize = 2;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m256 {
@@ -334,7 +334,7 @@ impl Simd for Avx512 {
     const TILE_ROWS: usize = 12;
     const CHAINS: usize = 2;
     const KEYS: usize = 8;
-    const PAIRS: usize = 2;
+    const PAIRS: usize = 4;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {

@@ -16,9 +16,6 @@ pub struct Left {
     pub step: usize,
 }
 
-/// Steps of the depth a turn: fewer instructions beside the FMAs, which shares a core's front end better.
-pub const TURN: usize = 4;
-
 /// tile += left * right, where `right` has `depth` rows of vectors, `pitch` floats apart.
 ///
 /// # Safety
@@ -31,31 +28,13 @@ pub unsafe fn product<S: Simd, const MR: usize, const NV: usize>(
     right: *const f32,
     pitch: usize,
 ) {
-    // SAFETY: passed on.
-    unsafe { product_beside::<S, MR, NV, false>(tile, depth, left, right, pitch, Walk::NOWHERE) }
-}
-
-/// The same, and in each turn `S::PAIRS` steps of a walk if it `ASKS`.
-///
-/// # Safety
-/// As for [`product`].
-#[inline(always)]
-pub unsafe fn product_beside<S: Simd, const MR: usize, const NV: usize, const ASKS: bool>(
-    tile: &mut Tile<S, MR, NV>,
-    depth: usize,
-    left: Left,
-    right: *const f32,
-    pitch: usize,
-    mut walk: Walk,
-) {
+    // Four steps a turn: fewer instructions beside the FMAs, which shares a core's front end better.
+    const TURN: usize = 4;
     let (mut a, mut b) = (left.at, right);
     let mut rest = depth;
     // SAFETY: step d of depth reads row d of both.
     unsafe {
         while rest >= TURN {
-            if ASKS {
-                walk.ask::<S>();
-            }
             for i in 0..TURN {
                 step::<S, MR, NV>(tile, a.add(i * left.step), left.row, b.add(i * pitch));
             }
@@ -66,6 +45,33 @@ pub unsafe fn product_beside<S: Simd, const MR: usize, const NV: usize, const AS
             step::<S, MR, NV>(tile, a, left.row, b);
             (a, b) = (a.wrapping_add(left.step), b.wrapping_add(pitch));
             rest -= 1;
+        }
+    }
+}
+
+/// Steps between two times of asking: few enough that memory's queues have room for what is asked for.
+pub const STRETCH: usize = 8;
+
+/// The same for a depth of whole stretches, each with some of a walk. (Between loops, not in one: compilers then move all
+/// of a large tile from registers to registers each turn.)
+///
+/// # Safety
+/// As for [`product`].
+#[inline(always)]
+pub unsafe fn product_beside<S: Simd, const MR: usize, const NV: usize>(
+    tile: &mut Tile<S, MR, NV>,
+    depth: usize,
+    left: Left,
+    right: *const f32,
+    pitch: usize,
+    mut walk: Walk,
+) {
+    // SAFETY: passed on.
+    unsafe {
+        for first in (0..depth).step_by(STRETCH) {
+            walk.ask::<S>();
+            let left = Left { at: left.at.add(first * left.step), ..left };
+            product::<S, MR, NV>(tile, STRETCH, left, right.add(first * pitch), pitch);
         }
     }
 }

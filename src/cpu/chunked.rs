@@ -24,7 +24,7 @@ use crate::problem::{Problem, StateView};
 use std::ops::Range;
 
 /// Largest chunk, in tokens; also the floats between rows of the chunk's square matrices.
-pub const MAX_CHUNK: usize = 32;
+pub const MAX_CHUNK: usize = 64;
 
 /// Largest head size.
 pub const MAX_HEAD_SIZE: usize = 256;
@@ -574,16 +574,15 @@ impl Rows {
             }
             let l = left(self.l, MAX_CHUNK);
             product::<S, MR, NV>(&mut tile, i, l, u, width);
-            for j in 0..MR {
-                for r in 0..MR {
-                    if r > j {
-                        let factor = S::splat(*l.at.add(r * MAX_CHUNK + i + j));
-                        for n in 0..NV {
-                            tile[r][n] = S::fma(factor, tile[j][n], tile[r][n]);
-                        }
+            // Not loops: with as many rows as AVX-512 has, compilers leave them some, with branches and a tile in memory.
+            each!(J below MR, {
+                for r in J + 1..MR {
+                    let factor = S::splat(*l.at.add(r * MAX_CHUNK + i + J));
+                    for n in 0..NV {
+                        tile[r][n] = S::fma(factor, tile[J][n], tile[r][n]);
                     }
                 }
-            }
+            });
             for r in 0..MR {
                 let to_end = S::splat(*gates.to_end.add(i + r));
                 for n in 0..NV {
@@ -603,7 +602,6 @@ impl Rows {
             }
             let p = left(self.p, MAX_CHUNK);
             product::<S, MR, NV>(&mut tile, i, p, u, width);
-            // Not a loop: with as many rows as AVX-512 has, compilers leave it one, with a branch a row.
             each!(J below MR, {
                 let mut solved = [S::splat(0.0); NV];
                 for n in 0..NV {

@@ -5,6 +5,7 @@
 mod support;
 
 use deltanet::cpu::{self, Isa};
+use deltanet::params::StateLayout;
 use deltanet::{Params, Plan, Problem, Status, deltanet_run, deltanet_run_part, deltanet_supports, reference};
 use std::mem::MaybeUninit;
 use support::{Case, Rng, Wish};
@@ -12,36 +13,88 @@ use support::{Case, Rng, Wish};
 /// Fixed, so that the interpreter's minutes always go to the same problems; oracle.rs draws fresh ones.
 const SEED: u64 = 11;
 
-#[test]
-fn parts_and_pools_stay_inside() {
+/// Runs a few problems in parts that share a scratch of no alignment, and whole where that takes little time.
+fn check(tokens: &[usize], layout: StateLayout, chunked: bool) {
     let mut rng = Rng(SEED);
-    for tokens in [0, 1, 3, 18] {
-        let mut case = Case::draw(&mut rng, Wish { tokens: Some(tokens), head_size: Some(16), ..Wish::default() });
+    for tokens in tokens {
+        let wish = Wish {
+            tokens: Some(*tokens),
+            head_size: Some(16),
+            layout: Some(layout),
+            scalar_gate: chunked,
+            small: true,
+            ..Wish::default()
+        };
+        let mut case = Case::draw(&mut rng, wish);
+        println!("{}", case.words);
         let problem = case.problem();
         let plan = Plan::new(&problem, Isa::Scalar).expect("scalar code runs anywhere");
+        assert_eq!(plan.is_chunked(&problem), chunked, "{}", case.words);
         let before = case.memory();
         // SAFETY: the case owns all memory that its params describe.
         let expected = unsafe { reference::evaluate(&problem) };
-        // SAFETY: as above.
-        unsafe { cpu::run(&problem, &plan, 2) }.expect("a valid problem runs");
+        let mut scratch = Vec::<u8>::with_capacity(plan.scratch_size() + 1);
+        for ith in 0..2 {
+            // SAFETY: as above; the parts run one after the other.
+            unsafe { cpu::run_part(&problem, &plan, ith, 2, &mut scratch.spare_capacity_mut()[1..]) }
+                .expect("a valid part runs");
+        }
         // SAFETY: as above.
         let nmse = unsafe { reference::compare(&problem, &expected) };
-        assert!(nmse.state <= 1e-9 && nmse.out <= 1e-5, "{nmse:?}: {}", case.words);
-        let pooled = case.memory();
+        assert!(nmse.within(case.bound), "{nmse:?}: {}", case.words);
         case.assert_intact(&before);
-        case.restore(&before);
-        let mut scratch = vec![MaybeUninit::new(0xffu8); plan.scratch_size() + 1];
-        for ith in 0..3 {
-            // SAFETY: as above; the parts run one after the other.
-            unsafe { cpu::run_part(&problem, &plan, ith, 3, &mut scratch[1..]) }.expect("a valid part runs");
+        if chunked {
+            continue;
         }
-        assert!(pooled == case.memory(), "parts and pool differ: {}", case.words);
+        let parts = case.memory();
+        case.restore(&before);
+        // SAFETY: as above.
+        unsafe { cpu::run(&problem, &plan, 1) }.expect("a valid problem runs");
+        assert!(parts == case.memory(), "parts and the whole differ: {}", case.words);
     }
 }
 
 #[test]
+fn few_tokens_with_contiguous_keys_stay_inside() {
+    check(&[0, 1, 3], StateLayout::KeyContiguous, false);
+}
+
+#[test]
+fn few_tokens_with_contiguous_values_stay_inside() {
+    check(&[0, 1, 3], StateLayout::ValueContiguous, false);
+}
+
+#[test]
+fn chunks_with_contiguous_keys_stay_inside() {
+    check(&[18], StateLayout::KeyContiguous, true);
+}
+
+#[test]
+fn chunks_with_contiguous_values_stay_inside() {
+    check(&[18], StateLayout::ValueContiguous, true);
+}
+
+#[test]
+fn a_pool_shares_without_races() {
+    let wish = Wish { tokens: Some(1), head_size: Some(16), small: true, ..Wish::default() };
+    let mut case = Case::draw(&mut Rng(SEED), wish);
+    let problem = case.problem();
+    let plan = Plan::new(&problem, Isa::Scalar).expect("scalar code runs anywhere");
+    assert!(plan.tasks() > 1, "one task needs no pool: {}", case.words);
+    let before = case.memory();
+    // SAFETY: the case owns all memory that its params describe.
+    unsafe { cpu::run(&problem, &plan, 2) }.expect("a valid problem runs");
+    let pooled = case.memory();
+    case.restore(&before);
+    // SAFETY: as above.
+    unsafe { cpu::run(&problem, &plan, 1) }.expect("a valid problem runs");
+    assert!(pooled == case.memory(), "a pool and one thread differ: {}", case.words);
+}
+
+#[test]
 fn the_c_interface_refuses_and_runs() {
-    let case = Case::draw(&mut Rng(SEED), Wish { tokens: Some(2), head_size: Some(16), ..Wish::default() });
+    let case =
+        Case::draw(&mut Rng(SEED), Wish { tokens: Some(2), head_size: Some(16), small: true, ..Wish::default() });
     let params = &raw const case.params;
     let mut scratch = [MaybeUninit::<u8>::uninit(); 8];
     // SAFETY: the case owns all memory that its params describe.

@@ -79,11 +79,14 @@ impl Buffer {
         unsafe { std::ptr::copy_nonoverlapping(memory.as_ptr(), self.checked.start as *mut u8, memory.len()) };
     }
 
-    /// Fills the buffer.
-    pub fn fill(&self, bytes: &[u8]) {
-        assert_eq!(bytes.len(), self.place.len());
-        // SAFETY: inside an open slot, of that size.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.place.start as *mut u8, bytes.len()) };
+    /// Fills the buffer with elements of `N` bytes.
+    pub fn fill<const N: usize>(&self, mut element: impl FnMut(usize) -> [u8; N]) {
+        assert_eq!(self.place.len() % N, 0);
+        let start = self.place.start as *mut [u8; N];
+        for at in 0..self.place.len() / N {
+            // SAFETY: inside an open slot; arrays of bytes lie anywhere.
+            unsafe { start.add(at).write(element(at)) };
+        }
     }
 
     /// Whether `range` is inside.
@@ -91,14 +94,20 @@ impl Buffer {
         self.place.start as i128 <= range.start && range.end <= self.place.end as i128
     }
 
-    /// Panics if a byte differs from `before` that `may` does not allow to be written.
-    pub fn assert_intact(&self, before: &[u8], may: impl Fn(usize) -> bool) {
+    /// Panics if a bit of the buffer differs from `before` that is not set in `may`, or anything around the buffer.
+    pub fn assert_intact(&self, before: &[u8], may: &[u8]) {
         let now = self.memory();
-        if now == before {
-            return;
-        }
-        for ((address, now), before) in self.checked.clone().zip(now).zip(before) {
-            assert!(now == *before || may(address), "{address:#x} of {:x?} was written", self.place);
-        }
+        let (first, end) = (self.place.start - self.checked.start, self.place.end - self.checked.start);
+        let wrong = |((now, before), may): ((&u8, &u8), &u8)| (now ^ before) & !may;
+        let pairs = || now[first..end].iter().zip(&before[first..end]).zip(may);
+        assert!(
+            may.len() == end - first
+                && now[..first] == before[..first]
+                && now[end..] == before[end..]
+                && pairs().map(wrong).fold(0, |all, wrong| all | wrong) == 0,
+            "byte {:?} of {:x?} was written, or bytes around it",
+            pairs().position(|pair| wrong(pair) != 0),
+            self.place
+        );
     }
 }

@@ -82,6 +82,9 @@ pub unsafe fn operands(node: *const Node, declared: i32) -> std::result::Result<
     }
 }
 
+/// Bytes between the addresses that stand for memory to come, so that no tensor reaches another one's.
+const APART: usize = 1 << 52;
+
 /// Whether a node that may have no memory yet is one that a run will accept.
 ///
 /// # Safety
@@ -92,7 +95,7 @@ pub unsafe fn supports(node: *const Node, declared: i32, options: &Params) -> st
     // Addresses far apart stand for memory to come: nothing is read or written through them.
     let mut place = 0;
     let mut next = || {
-        place += 1usize << 42;
+        place += APART;
         place as *mut c_void
     };
     for tensor in [&mut operands.q, &mut operands.k, &mut operands.v, &mut operands.g, &mut operands.beta] {

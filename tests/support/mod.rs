@@ -137,19 +137,24 @@ impl Buffer {
         }
     }
 
+    /// Writes an element, or part of one, by address: an interpreter keeps a record of every borrow.
+    fn put<const N: usize>(&mut self, offset: usize, bytes: [u8; N]) {
+        assert!(offset + N <= self.memory.len() * 8);
+        // SAFETY: inside the vector's own memory.
+        unsafe { self.memory.as_mut_ptr().cast::<u8>().add(offset).cast::<[u8; N]>().write_unaligned(bytes) };
+    }
+
     /// Fills the tensor's elements.
     pub fn fill(&mut self, mut value: impl FnMut([usize; 4]) -> f64) {
         let mut values = Vec::new();
         self.for_each(|at, slot| values.push((self.offset(at, slot), value(at))));
-        let dtype = self.tensor.dtype;
-        let bytes = self.bytes_mut();
         for (offset, value) in values {
-            match dtype {
-                0 => bytes[offset..][..4].copy_from_slice(&(value as f32).to_ne_bytes()),
-                1 => bytes[offset..][..2].copy_from_slice(&half::f16::from_f64(value).to_ne_bytes()),
-                2 => bytes[offset..][..2].copy_from_slice(&half::bf16::from_f64(value).to_ne_bytes()),
-                3 => bytes[offset..][..4].copy_from_slice(&(value as i32).to_ne_bytes()),
-                _ => bytes[offset..][..8].copy_from_slice(&(value as i64).to_ne_bytes()),
+            match self.tensor.dtype {
+                0 => self.put(offset, (value as f32).to_ne_bytes()),
+                1 => self.put(offset, half::f16::from_f64(value).to_ne_bytes()),
+                2 => self.put(offset, half::bf16::from_f64(value).to_ne_bytes()),
+                3 => self.put(offset, (value as i32).to_ne_bytes()),
+                _ => self.put(offset, (value as i64).to_ne_bytes()),
             }
         }
     }
@@ -164,9 +169,11 @@ impl Buffer {
             }
         });
         for offset in offsets {
-            self.written[offset..offset + size].fill(true);
-            if poison {
-                self.bytes_mut()[offset..offset + size].fill(POISON);
+            for at in offset..offset + size {
+                self.written[at] = true;
+                if poison {
+                    self.put(at, [POISON]);
+                }
             }
         }
     }
@@ -196,6 +203,9 @@ pub struct Wish {
     pub f32_only: bool,
     pub scalar_gate: bool,
     pub in_place: bool,
+    pub layout: Option<StateLayout>,
+    /// As few heads, sequences and snapshots as there can be of each kind: for an interpreter.
+    pub small: bool,
 }
 
 impl Case {
@@ -209,12 +219,13 @@ impl Case {
             7 | 8 => 10 + rng.below(40),
             _ => 50 + rng.below(if s > 64 { 60 } else { 150 }),
         });
-        let key_heads = 1 + rng.below(3);
-        let value_heads = key_heads * (1 + rng.below(3));
+        let at_most = |rng: &mut Rng, most: usize, small: usize| 1 + rng.below(if wish.small { small } else { most });
+        let key_heads = at_most(rng, 3, 1);
+        let value_heads = key_heads * at_most(rng, 3, 2);
         let ragged = rng.chance(15);
-        let qk_sequences = if ragged { 1 } else { 1 + rng.below(2) };
-        let token_sequences = if ragged { 1 } else { qk_sequences * (1 + rng.below(3)) };
-        let sequences = if ragged { 1 + rng.below(4) } else { token_sequences };
+        let qk_sequences = if ragged { 1 } else { at_most(rng, 2, 1) };
+        let token_sequences = if ragged { 1 } else { qk_sequences * at_most(rng, 3, 2) };
+        let sequences = if ragged { at_most(rng, 4, 2) } else { token_sequences };
         let floats = |rng: &mut Rng| {
             if wish.f32_only { Dtype::F32 } else { rng.pick(&[Dtype::F32, Dtype::F32, Dtype::F16, Dtype::Bf16]) }
         };
@@ -223,7 +234,8 @@ impl Case {
         let gate_kind = if near_collinear { 0 } else { rng.below(4) };
         let out_dtype = floats(rng);
         let has_norm = rng.chance(40);
-        let layout = rng.pick(&[StateLayout::KeyContiguous, StateLayout::ValueContiguous]);
+        let layouts = [StateLayout::KeyContiguous, StateLayout::ValueContiguous];
+        let layout = wish.layout.unwrap_or_else(|| rng.pick(&layouts));
         let head_map = rng.pick(&[HeadMap::Tiled, HeadMap::Grouped]);
         let logit = rng.chance(30);
 
@@ -296,7 +308,7 @@ impl Case {
         cuts.insert(0, 0);
         let cu_seqlens = index(rng, &cuts);
 
-        let n_snapshots = if rng.chance(35) { 1 + rng.below(6) } else { 0 };
+        let n_snapshots = if rng.chance(35) { at_most(rng, 6, 2) } else { 0 };
         let order = rng.pick(&[SnapshotOrder::NewestFirst, SnapshotOrder::OldestFirst]);
         let skip = if rng.chance(30) { 1 } else { 0 };
         let slots = n_snapshots + rng.below(2);

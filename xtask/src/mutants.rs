@@ -25,7 +25,10 @@ pub struct Options {
     /// Leave out what an earlier run on the same tree caught.
     #[arg(long)]
     iterate: bool,
-    /// Test binaries beside the library's own tests.
+    /// Only make the tree in which the mutants are tried.
+    #[arg(long)]
+    prepare: bool,
+    /// Test binaries.
     #[arg(default_values = ["validation", "rows"])]
     tests: Vec<String>,
 }
@@ -34,6 +37,10 @@ pub struct Options {
 pub fn mutants(options: &Options) -> Result<()> {
     let cargo_mutants = nightly::tool("cargo-mutants", CARGO_MUTANTS)?;
     let copy = copy(&options.tests)?;
+    if options.prepare {
+        println!("{}", copy.display());
+        return Ok(());
+    }
     let mut command = Command::new(cargo_mutants);
     command.current_dir(&copy).args(["mutants", "--in-place", "--no-shuffle", "--package", "deltanet"]);
     command.args(["--no-default-features", "--baseline=skip", "--timeout=120", "--build-timeout=600", "--output"]);
@@ -42,7 +49,7 @@ pub fn mutants(options: &Options) -> Result<()> {
     if options.iterate {
         command.arg("--iterate");
     }
-    command.args(["--", "--lib"]).args(options.tests.iter().flat_map(|test| ["--test", test]));
+    command.arg("--").args(options.tests.iter().flat_map(|test| ["--test", test]));
     // Kernels are built and hardly run: compiling them is what takes the time.
     command.env("CARGO_PROFILE_DEV_OPT_LEVEL", "0").env("CARGO_PROFILE_DEV_DEBUG", "0");
     command.env("DELTANET_TEST_CASES", "60").env_remove("CARGO").env_remove("CARGO_TARGET_DIR");

@@ -1,6 +1,6 @@
 //! `cargo xtask fuzz`: libFuzzer over the properties of fuzz/, each target for some time.
 
-use crate::command::{run, workspace};
+use crate::command::{cargo, run, workspace};
 use crate::{cache, nightly};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -19,6 +19,17 @@ pub struct Options {
     pub seconds: u32,
     /// Targets [default: all].
     targets: Vec<String>,
+}
+
+/// A minute for each target: by libFuzzer, or without a nightly compiler by the same properties' own loop.
+pub fn briefly() -> Result<()> {
+    const SECONDS: u32 = 60;
+    let have = nightly::set_up(&[]).and_then(|()| nightly::tool("cargo-fuzz", CARGO_FUZZ));
+    let Err(error) = have else { return fuzz(&Options { seconds: SECONDS, targets: Vec::new() }) };
+    println!("no libFuzzer ({error:#}); the stable compiler's loop runs instead");
+    let mut replay = cargo();
+    replay.args(["test", "--release", "-p", "deltanet-fuzz", "--test", "replay", "--", "--nocapture"]);
+    run(replay.env("DELTANET_FUZZ_SECONDS", SECONDS.to_string()))
 }
 
 /// Fuzzes; an input that breaks a property is left in fuzz/regressions, where the replay test finds it.

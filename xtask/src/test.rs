@@ -1,7 +1,7 @@
 //! `cargo xtask test`: set-up, then every check that guards main.
 
 use crate::command::{cargo, has, run};
-use crate::{cache, consumers, dist, docs, ggml_cuda, hosts, ik, nvcc};
+use crate::{cache, consumers, dist, docs, fuzz, ggml_cuda, hosts, ik, nvcc};
 use anyhow::Result;
 use std::path::PathBuf;
 use std::process::Command;
@@ -19,6 +19,8 @@ pub fn run_all() -> Result<()> {
     println!("== ggml-cuda drop-ins");
     ggml_cuda::check()?;
     step("tests", cargo().args(["test", "--workspace", "--release"]).envs(peers))?;
+    println!("== fuzz");
+    fuzz::briefly()?;
     println!("== ik_llama.cpp");
     ik::check()?;
     println!("== llama.cpp");

@@ -92,11 +92,13 @@ impl Case {
     fn draw(bytes: &mut Bytes) -> Case {
         let s = bytes.pick(&[16, 16, 16, 16, 16, 32, 16, 48]);
         let tokens = if bytes.rarely() { 64 + bytes.below(40) } else { bytes.below(20) };
-        let key_heads = 1 + bytes.below(2);
+        // Mostly one of each: small cases are many.
+        let two = |bytes: &mut Bytes| 1 + usize::from(bytes.rarely());
+        let key_heads = two(bytes);
         let value_heads = key_heads * (1 + bytes.below(2));
         let ragged = bytes.rarely();
-        let qk_sequences = if ragged { 1 } else { 1 + bytes.below(2) };
-        let token_sequences = if ragged { 1 } else { qk_sequences * (1 + bytes.below(2)) };
+        let qk_sequences = if ragged { 1 } else { two(bytes) };
+        let token_sequences = if ragged { 1 } else { qk_sequences * two(bytes) };
         let sequences = if ragged { 1 + bytes.below(4) } else { token_sequences };
         let pool = bytes.rarely();
         let rows = if pool { sequences + bytes.below(3) } else { sequences };

@@ -303,13 +303,14 @@ impl Case {
         }
         let mut last = size_of_dtype(tensor.dtype) as i128;
         for axis in 0..4 {
-            last += i128::from(tensor.ne[axis] - 1) * tensor.nb[axis] as i128;
+            last = last.saturating_add((i128::from(tensor.ne[axis]) - 1).saturating_mul(tensor.nb[axis] as i128));
         }
         if at == SNAPSHOTS {
-            last += (i128::from(self.params.n_snapshots) - 1).max(0) * self.params.snapshot_stride as i128;
+            let slots = (i128::from(self.params.n_snapshots) - 1).max(0);
+            last = last.saturating_add(slots * self.params.snapshot_stride as i128);
         }
         let start = tensor.data as usize as i128;
-        self.buffers.iter().any(|buffer| buffer.holds(&(start..start + last)))
+        self.buffers.iter().any(|buffer| buffer.holds(&(start..last.saturating_add(start))))
     }
 }
 

@@ -59,12 +59,13 @@ fn holds(buffers: &[Buffer], node: &Node) -> bool {
         return true;
     }
     let start = node.data as usize as i128;
-    buffers.iter().any(|buffer| buffer.holds(&(start..start + span(node) + 4)))
+    buffers.iter().any(|buffer| buffer.holds(&(start..span(node).saturating_add(start + 4))))
 }
 
 /// Bytes from the first element to the last.
 fn span(node: &Node) -> i128 {
-    (0..4).map(|axis| i128::from(node.ne[axis] - 1) * node.nb[axis] as i128).sum()
+    let along = |axis: usize| (i128::from(node.ne[axis]) - 1).saturating_mul(node.nb[axis] as i128);
+    (0..4).map(along).fold(0, i128::saturating_add)
 }
 
 /// The property. Panics, or dies on a guard page, where it does not hold.

@@ -56,7 +56,7 @@ fn address() -> Result<()> {
     let library = build.library()?;
     run(&mut Command::new(build.program("bad_input", &library)?))?;
     let load = build.program("load", &library)?;
-    for arguments in [&["threads", "16", "3"][..], &["cycles", "100"], &["fork", "3"], &["affinity"]] {
+    for arguments in [&["threads", "16", "3"][..], &["cycles", "500"], &["fork", "3"], &["affinity"]] {
         run(Command::new(&load).args(arguments))?;
     }
     Ok(())

@@ -525,7 +525,7 @@ static void test_affinity(void) {
     REQUIRE(sched_setaffinity(0, sizeof all, &all) == 0, "the mask cannot be set back");
     /* The caller is one of a pool's threads. Of eight, seven are there. */
     run(&p, 0);
-    long threads = status_of("Threads") - before - 7 + 1, limit = one_per_processor(&all);
+    long limit = one_per_processor(&all), threads = settled_threads(before + 7 + limit - 1) - before - 7 + 1;
     REQUIRE(threads == limit, "%d CPUs, limit %ld: %ld threads", CPU_COUNT(&all), limit, threads);
     printf("mask of 1 CPU: no pool for n_threads 0; 8 threads on it take %.2f times one thread's time; mask of %d: %ld threads\n",
            crowded / alone, CPU_COUNT(&all), threads);

@@ -474,6 +474,7 @@ static void in_group(const char *folder) {
     printf("control group with 1 CPU: no pool for n_threads 0; 8 threads take %.2f times one thread's time; %d runs in %.1f s\n",
            crowded / alone, 802, now() - start);
     fflush(stdout);
+    release(&p);
 }
 
 static void expect_child(pid_t child, const char *what);
@@ -530,6 +531,7 @@ static void test_affinity(void) {
     printf("mask of 1 CPU: no pool for n_threads 0; 8 threads on it take %.2f times one thread's time; mask of %d: %ld threads\n",
            crowded / alone, CPU_COUNT(&all), threads);
     REQUIRE(crowded < 5 * alone, "8 threads on one CPU");
+    release(&p);
 }
 
 typedef struct {
@@ -613,6 +615,7 @@ static void test_no_threads(void) {
     REQUIRE(setrlimit(RLIMIT_NPROC, &before) == 0, "setrlimit back");
     run(&p, 4);
     printf("no threads to be had: OUT_OF_MEMORY, nothing written; one thread works on; 4 threads once they can be had\n");
+    release(&p);
 }
 
 static void test_no_memory(void) {
@@ -665,6 +668,7 @@ static void test_no_memory(void) {
     printf("no memory to be had: OUT_OF_MEMORY with 1 thread (\"%s\"), a pool that is there and a new one, nothing written; "
            "works once there is\n",
            words[0]);
+    release(&p);
 }
 
 #ifndef WITHOUT_FAULTS
@@ -726,6 +730,7 @@ static void test_faults(void) {
            "that is there and %ld on a new one; run_part and supports make none\n",
            run_alone, refusal, pooled, fresh);
     free(scratch);
+    release(&p);
 }
 #endif
 

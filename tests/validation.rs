@@ -499,7 +499,7 @@ fn plans() {
     for part in ["recurrent", "scalar", &plan.columns().to_string(), &plan.tasks().to_string()] {
         assert!(words.contains(part), "{words} lacks {part}");
     }
-    // Prompts go through the chunked kernel from some length on, unless each channel has its gate.
+    // Prompts go through the chunked kernel from some length on, whether or not each channel has its gate.
     let plan_of = |change: &dyn Fn(&mut Params), tokens| {
         let mut p = params(Shape { t: tokens, ..SHAPE });
         change(&mut p);
@@ -513,9 +513,9 @@ fn plans() {
     assert!(plan.chunk() > 1 && plan.to_string().contains(&format!("below {first} tokens")), "{plan}");
     assert!(plan.to_string().contains(&format!("by {} tokens", plan.chunk())), "{plan}");
     let channels = |p: &mut Params| p.g = Tensor::dense(p.g.data, Dtype::F32, [32, 4, p.g.ne[2], 4]);
-    for tokens in [1, first, 200] {
+    for tokens in [1, first - 1, first, 200] {
         let (chunked, plan) = plan_of(&channels, tokens);
-        assert!(!chunked && plan.chunk() == 0 && !plan.to_string().contains("chunked"), "{plan}");
+        assert!(chunked == (tokens >= first) && plan.to_string().contains("chunked"), "{plan}");
     }
     // Nothing to write: nothing to walk through, whatever the counts.
     let one = Shape { s: 16, hk: 1, hv: 1, t: 0, b: MOST, bq: 1 };

@@ -30,6 +30,7 @@ pub mod plan;
 pub mod problem;
 pub mod reference;
 pub mod safe;
+mod spare;
 mod tensor;
 
 pub use capi::*;

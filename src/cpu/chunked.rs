@@ -302,15 +302,12 @@ fn ahead(p: &Problem, task: &Task, head: usize, columns: &Range<usize>, [t, leng
 /// The states to ask for beside a piece's products: room for its own, and the next piece's.
 fn walks(p: &Problem, task: &Task, head: usize, columns: &Range<usize>, moves: Moves) -> Walks {
     let own = task.destination.as_ref().map(|place| Task::place(p, place, head, columns));
-    let following = |begins: bool| {
-        let mut pieces = task.pieces.clone().map(|piece| locate(p, task.key_head, piece));
-        let next = pieces.find(|piece| (piece.0, piece.1.start) == (head, columns.start)).and(pieces.next());
-        match next {
-            Some(next) => begins.then_some(next),
-            None => task.next.filter(|_| moves.ends).map(|(key_head, piece)| locate(p, key_head, piece)),
-        }
+    let mut pieces = task.pieces.clone().map(|piece| locate(p, task.key_head, piece));
+    let next = match pieces.find(|piece| (piece.0, piece.1.start) == (head, columns.start)).and(pieces.next()) {
+        Some(next) => moves.begins.then_some(next),
+        None => task.next.filter(|_| moves.ends).map(|(key_head, piece)| locate(p, key_head, piece)),
     };
-    let next = following(moves.begins).map(|(head, columns)| Task::place(p, &task.source, head, &columns));
+    let next = next.map(|(head, columns)| Task::place(p, &task.source, head, &columns));
     let walk = |place: Option<Columns>| place.map_or(Walk::NOWHERE, |place| Walk::through(&place));
     Walks::new([walk(own.filter(|_| moves.ends)), walk(next)])
 }

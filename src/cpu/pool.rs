@@ -5,6 +5,7 @@
 //! with the process' number behind it, and a child leaves its parent's pools where they are and starts with none.
 
 use crate::error::{Error, Result, Status};
+use crate::spare::spare;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -70,27 +71,17 @@ pub fn processors() -> usize {
     processors
 }
 
-/// Refuses where memory is so short that `bytes` cannot be had. What follows allocates less than that in small pieces
-/// by code that can only abort when it fails.
-fn spare(bytes: usize) -> Result<()> {
-    let mut memory = Vec::<u8>::new();
-    let reserved = memory.try_reserve_exact(bytes);
-    // Compilers may leave out an allocation that nobody looks at.
-    std::hint::black_box(memory.as_ptr());
-    reserved.map_err(|_| {
-        let words = format_args!("{bytes} bytes that starting threads takes could not be had");
-        Error::compose(Status::OutOfMemory, words)
-    })
-}
+/// What the memory is for that is set aside first.
+const STARTING: &str = "starting threads";
 
 /// A pool of that many threads, from the few used last.
 pub fn pool(threads: usize) -> Result<Arc<rayon::ThreadPool>> {
-    spare((16 << 10) + threads * (1 << 10))?;
+    spare((16 << 10) + threads * (1 << 10), STARTING)?;
     let mut kept = Pools::get().kept.lock().unwrap_or_else(PoisonError::into_inner);
     let pool = match kept.iter().position(|pool| pool.current_num_threads() == threads) {
         Some(at) => kept.remove(at),
         None => {
-            spare((64 << 10) + threads * (8 << 10))?;
+            spare((64 << 10) + threads * (8 << 10), STARTING)?;
             let named = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("deltanet-{i}"));
             Arc::new(named.build().map_err(|error| {
                 let words = format_args!("a pool of {threads} threads could not be started: {error}");

@@ -4,6 +4,7 @@
 //! they return results as an enum, which a newer driver's numbers would break.
 
 use crate::error::{Error, Result, Status, ensure};
+use crate::spare::spare;
 use cudarc::driver::sys;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::fmt;
@@ -98,19 +99,6 @@ impl Drop for Starting {
     }
 }
 
-/// Refuses where memory is short: finding a library allocates in small pieces, by code that can only abort when it fails.
-fn spare() -> Result<()> {
-    const SPARE: usize = 64 << 10;
-    let mut memory = Vec::<u8>::new();
-    let reserved = memory.try_reserve_exact(SPARE);
-    // Compilers may leave out an allocation that nobody looks at.
-    std::hint::black_box(memory.as_ptr());
-    reserved.map_err(|_| {
-        let words = format_args!("{SPARE} bytes that loading the CUDA driver takes could not be had");
-        Error::compose(Status::OutOfMemory, words)
-    })
-}
-
 /// The driver, loaded and initialised, or why not.
 pub(crate) fn driver() -> Result<&'static Driver> {
     static LOADED: OnceLock<Result<Driver>> = OnceLock::new();
@@ -121,7 +109,7 @@ pub(crate) fn driver() -> Result<&'static Driver> {
     }
     let _starting = Starting::enter()?;
     if LOADED.get().is_none() {
-        spare()?;
+        spare(64 << 10, "loading the CUDA driver")?;
     }
     let driver = LOADED.get_or_init(Driver::load).as_ref().map_err(Clone::clone)?;
     // A failure is not kept: the next call may find what this one lacks.

@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include "deltanet.h"
 #include "fake_cuda.h"
+#include "require.h"
 
 #include <dlfcn.h>
 #include <errno.h>
@@ -17,16 +18,6 @@
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-#define REQUIRE(rule, ...)                                             \
-    do {                                                               \
-        if (!(rule)) {                                                 \
-            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #rule); \
-            fprintf(stderr, __VA_ARGS__);                              \
-            fprintf(stderr, "; last: %s\n", deltanet_last_error());    \
-            _exit(1);                                                  \
-        }                                                              \
-    } while (0)
 
 /* A call's status, and a word that its message has to have. */
 #define REFUSED(call, wanted, word)                                                                                 \

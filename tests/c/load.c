@@ -2,6 +2,7 @@
  * `load TEST [NUMBERS]` runs one test, prints one line of figures and returns 0 if the library stood it. */
 #define _GNU_SOURCE
 #include "deltanet.h"
+#include "require.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -20,16 +21,6 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
-
-#define REQUIRE(rule, ...)                                        \
-    do {                                                          \
-        if (!(rule)) {                                            \
-            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #rule); \
-            fprintf(stderr, __VA_ARGS__);                         \
-            fprintf(stderr, "; %s\n", deltanet_last_error());     \
-            _exit(1);                                             \
-        }                                                         \
-    } while (0)
 
 /* ---- memory that fails when asked to: calls of the C library's names come here first ------------------------------ */
 

@@ -51,7 +51,9 @@ pub fn fuzz(options: &Options) -> Result<()> {
             fs::create_dir_all(folder).with_context(|| format!("{} cannot be made", folder.display()))?;
         }
         let mut command = nightly::command(&cargo_fuzz);
-        command.args(["run", "--fuzz-dir", "fuzz", "--target-dir", "target/fuzz", "--features", "libfuzzer", target]);
+        command.args(["run", "--fuzz-dir", "fuzz", "--target-dir", "target/fuzz", "--features", "libfuzzer"]);
+        // Telling libFuzzer of every comparison takes half the time, most of it in kernels and the oracle.
+        command.args(["--no-trace-compares", target]);
         command.arg(&corpus).arg(&seeds).arg("--");
         command.args([format!("-max_total_time={}", options.seconds), format!("-max_len={longest}")]);
         command.args(["-len_control=0", "-timeout=60", "-rss_limit_mb=4096", "-print_final_stats=1", "-verbosity=1"]);

@@ -2,7 +2,7 @@
 
 use crate::command::{has, run, workspace};
 use crate::nightly::{self, TARGET};
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 use std::process::Command;
@@ -28,31 +28,70 @@ pub struct Options {
     parts: Vec<Part>,
 }
 
-/// Runs the detectors asked for; the first finding fails.
+/// Runs the detectors asked for; a finding fails, and so does a detector that cannot be had.
 pub fn sanitize(options: &Options) -> Result<()> {
     let parts = if options.parts.is_empty() { Part::value_variants() } else { &options.parts };
     for part in parts {
-        match part {
-            Part::Address => address()?,
-            Part::Thread => thread()?,
-            Part::Valgrind => valgrind()?,
-            Part::Miri => miri()?,
+        part.set_up()?;
+        part.run()?;
+    }
+    Ok(())
+}
+
+/// Runs every detector that this machine can have, and says which it cannot.
+pub fn what_can_be_had() -> Result<()> {
+    for part in Part::value_variants() {
+        match part.set_up() {
+            Ok(()) => part.run()?,
+            Err(error) => println!("SKIPPED: {} ({error:#})", part.name()),
         }
     }
     Ok(())
+}
+
+impl Part {
+    fn name(self) -> &'static str {
+        match self {
+            Part::Address => "AddressSanitizer",
+            Part::Thread => "ThreadSanitizer",
+            Part::Valgrind => "valgrind",
+            Part::Miri => "Miri",
+        }
+    }
+
+    fn set_up(self) -> Result<()> {
+        match self {
+            Part::Address => nightly::set_up(&[]),
+            // Its standard library is built here.
+            Part::Thread => nightly::set_up(&["rust-src"]),
+            Part::Valgrind => {
+                ensure!(has("valgrind"), "there is no valgrind");
+                Ok(())
+            }
+            Part::Miri => nightly::set_up(&["miri", "rust-src"]),
+        }
+    }
+
+    fn run(self) -> Result<()> {
+        println!("== {}", self.name());
+        match self {
+            Part::Address => address(),
+            Part::Thread => thread(),
+            Part::Valgrind => valgrind(),
+            Part::Miri => miri(),
+        }
+    }
 }
 
 /// Fewer random problems: instrumented code is slow.
 const FEWER: (&str, &str) = ("DELTANET_TEST_CASES", "60");
 
 fn address() -> Result<()> {
-    println!("== AddressSanitizer");
-    nightly::set_up(&[])?;
     let build = Build { name: "address", std: false };
     // Some tests ask for more memory than there is, others make devices that stay.
     const REFUSE: (&str, &str) = ("ASAN_OPTIONS", "allocator_may_return_null=1:detect_leaks=0");
     let mut tests = build.cargo("test");
-    run(tests.args(["-p", "deltanet", "--lib", "--test", "oracle"]).envs([FEWER, REFUSE]))?;
+    run(tests.args(["-p", "deltanet", "--lib", "--test", "oracle", "--test", "extremes"]).envs([FEWER, REFUSE]))?;
     let library = build.library()?;
     run(&mut Command::new(build.program("bad_input", &library)?))?;
     let load = build.program("load", &library)?;
@@ -63,13 +102,13 @@ fn address() -> Result<()> {
 }
 
 fn thread() -> Result<()> {
-    println!("== ThreadSanitizer");
-    nightly::set_up(&["rust-src"])?;
     let build = Build { name: "thread", std: true };
     let library = build.library()?;
     let load = build.program("load", &library)?;
-    // Not the cycles: the detector's own memory grows with every thread.
-    run(Command::new(&load).args(["threads", "16", "5"]).env("TSAN_OPTIONS", "halt_on_error=1"))
+    for arguments in [&["threads", "16", "5"][..], &["cycles", "300"]] {
+        run(Command::new(&load).args(arguments).env("TSAN_OPTIONS", "halt_on_error=1"))?;
+    }
+    Ok(())
 }
 
 /// A build with a sanitizer of its own target folder.
@@ -122,17 +161,12 @@ impl Build {
 }
 
 fn valgrind() -> Result<()> {
-    println!("== valgrind");
-    if !has("valgrind") {
-        println!("SKIPPED: there is no valgrind");
-        return Ok(());
-    }
     run(crate::command::cargo().args(["build", "--release", "-p", "deltanet", "--lib"]))?;
     let release = crate::command::release();
     for (name, arguments) in [
         ("bad_input", &[][..]),
         ("load", &["threads", "8", "5"]),
-        ("load", &["cycles", "40"]),
+        ("load", &["cycles", "100"]),
         ("load", &["fork", "2"]),
     ] {
         let program = release.join(format!("valgrind_{name}"));
@@ -149,8 +183,6 @@ fn valgrind() -> Result<()> {
 }
 
 fn miri() -> Result<()> {
-    println!("== Miri");
-    nightly::set_up(&["miri", "rust-src"])?;
     let miri = |borrows: &str| {
         let mut miri = nightly::cargo();
         miri.args(["miri", "test", "--target-dir"]).arg(workspace().join("target/sanitize/miri"));

@@ -1,7 +1,7 @@
 //! `cargo xtask test`: set-up, then every check that guards main.
 
 use crate::command::{cargo, has, run};
-use crate::{cache, consumers, dist, docs, fuzz, ggml_cuda, hosts, ik, nvcc};
+use crate::{cache, consumers, dist, docs, fuzz, ggml_cuda, hosts, ik, nvcc, sanitize};
 use anyhow::Result;
 use std::path::PathBuf;
 use std::process::Command;
@@ -21,6 +21,7 @@ pub fn run_all() -> Result<()> {
     step("tests", cargo().args(["test", "--workspace", "--release"]).envs(peers))?;
     println!("== fuzz");
     fuzz::briefly()?;
+    sanitize::what_can_be_had()?;
     println!("== ik_llama.cpp");
     ik::check()?;
     println!("== llama.cpp");

@@ -229,8 +229,9 @@ impl Problem {
         );
         shape("q", &q, [head_size, key_heads, tokens, qk_sequences])?;
         shape("k", &k, q.ne)?;
+        // Of 0, only 0 is a multiple.
         ensure!(
-            (qk_sequences > 0 && token_sequences.is_multiple_of(qk_sequences)) || qk_sequences == token_sequences,
+            token_sequences.is_multiple_of(qk_sequences),
             Shape,
             "q.ne[3] is {qk_sequences}; it must divide the number of sequences, {token_sequences}"
         );

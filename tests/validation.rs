@@ -88,7 +88,7 @@ fn sizes() {
     for s in [0, 1, 8, 17, 24, MAX_HEAD_SIZE as i64 + 16] {
         refused(&params(Shape { s, ..SHAPE }), Status::Shape, "v.ne[0]");
     }
-    refused(&params(Shape { hk: 0, ..SHAPE }), Status::Shape, "q.ne[1]");
+    refused(&params(Shape { hk: 0, ..SHAPE }), Status::Shape, "q.ne[1] (the number of key heads) is 0");
     refused(&params(Shape { hv: 0, ..SHAPE }), Status::Shape, "v.ne[1]");
     refused(&params(Shape { hk: 3, ..SHAPE }), Status::Shape, "v.ne[1]");
     refused(&params(Shape { hk: 8, ..SHAPE }), Status::Shape, "v.ne[1]");
@@ -419,6 +419,10 @@ fn rows() {
     assert!(
         words(judge_rows(&[0, 1, 2, 3], &[1, 2, 3, 4], 10, true)).contains("rows_out[0] is 1, which sequence 1 reads")
     );
+    // All 64 bits count.
+    let far = (1 << 32) + 3;
+    let whole = words(judge_rows(&[0, 1, 2, far], &[0, 1, 2, 3], 10, false));
+    assert!(whole.starts_with(&format!("rows_in[3] is {far};")), "{whole}");
     // Written rows are gone through 4096 at a time: the last of a window, the first of the next one, and far ones.
     for far in [4095, 4096, 4097, 9999] {
         assert_eq!(judge_rows(&[0, 1, 2, 3], &[far, 0, 2, 3], 10_000, false), Ok(()));
@@ -479,6 +483,7 @@ fn offsets() {
     refused(&with(&[0, 6]), Status::Sequences, "cu_seqlens[1] is 6");
     refused(&with(&[0, 3, 2]), Status::Sequences, "cu_seqlens[2] is 2");
     refused(&with(&[0, i64::MAX, 5]), Status::Sequences, "cu_seqlens[1]");
+    refused(&with(&[0, (1 << 32) + 2, 5]), Status::Sequences, "cu_seqlens[1] is 4294967298");
     let offsets = [0i64, 5];
     let mut p = with(&offsets);
     p.cu_seqlens.ne[0] = 0;
@@ -517,6 +522,8 @@ fn plans() {
         let (chunked, plan) = plan_of(&channels, tokens);
         assert!(chunked == (tokens >= first) && plan.to_string().contains("chunked"), "{plan}");
     }
+    let (chunked, plan) = plan_of(&|p| *p = params(Shape { s: MAX_HEAD_SIZE as i64, t: 200, ..SHAPE }), 200);
+    assert!(!chunked && plan.chunk() == 0 && !plan.to_string().contains("chunked"), "{plan}");
     // Nothing to write: nothing to walk through, whatever the counts.
     let one = Shape { s: 16, hk: 1, hv: 1, t: 0, b: MOST, bq: 1 };
     let tasks = |change: fn(&mut Params)| {

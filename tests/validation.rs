@@ -522,6 +522,16 @@ fn plans() {
         let (chunked, plan) = plan_of(&channels, tokens);
         assert!(chunked == (tokens >= first) && plan.to_string().contains("chunked"), "{plan}");
     }
+    // Tokens whose states are kept go one by one: the ones before them count, or all where no state is kept.
+    let snapshots = |count, skip| {
+        move |p: &mut Params| {
+            p.snapshots = Tensor { data: address(8), ..p.state_out };
+            (p.n_snapshots, p.snapshot_slots, p.snapshot_skip, p.snapshot_stride) = (count, count, skip, 1 << 20);
+        }
+    };
+    assert!(plan_of(&snapshots(3, 0), first + 3).0 && !plan_of(&snapshots(3, 0), first + 2).0);
+    assert!(plan_of(&snapshots(3, 2), first + 5).0 && !plan_of(&snapshots(3, 2), first + 4).0);
+    assert!(plan_of(&snapshots(3, 200), first).0 && !plan_of(&snapshots(3, 200), first - 1).0);
     let (chunked, plan) = plan_of(&|p| *p = params(Shape { s: MAX_HEAD_SIZE as i64, t: 200, ..SHAPE }), 200);
     assert!(!chunked && plan.chunk() == 0 && !plan.to_string().contains("chunked"), "{plan}");
     // Nothing to write: nothing to walk through, whatever the counts.

@@ -159,6 +159,18 @@ impl Buffer {
         }
     }
 
+    /// An element's value.
+    pub fn get(&self, at: [usize; 4], slot: usize) -> f64 {
+        let bytes = &self.bytes()[self.offset(at, slot)..][..self.size()];
+        match (self.tensor.dtype, bytes) {
+            (0, &[a, b, c, d]) => f32::from_ne_bytes([a, b, c, d]).into(),
+            (1, &[a, b]) => half::f16::from_ne_bytes([a, b]).to_f64(),
+            (2, &[a, b]) => half::bf16::from_ne_bytes([a, b]).to_f64(),
+            (3, &[a, b, c, d]) => i32::from_ne_bytes([a, b, c, d]).into(),
+            (_, bytes) => i64::from_ne_bytes(bytes.try_into().expect("eight bytes")) as f64,
+        }
+    }
+
     /// Poisons the elements for which `select` holds and allows them to be written; everything else is guarded.
     pub fn poison(&mut self, poison: bool, select: impl Fn([usize; 4], usize) -> bool) {
         let size = self.size();

@@ -39,7 +39,10 @@ impl Ahead {
     /// exist. At most five times.
     #[inline(always)]
     pub fn add(&mut self, view: &View, first: usize, channels: usize, at: [usize; 3], rows: usize, write: bool) {
-        let row = view.at([first, at[0], at[1], at[2]]).cast_const();
+        // The stride of a lone token, which may be any number, has no multiple that must be a number.
+        let along = [first, at[0], at[1], at[2]].into_iter().zip(view.nb);
+        let offset = along.fold(0usize, |offset, (at, nb)| offset.wrapping_add(at.wrapping_mul(nb)));
+        let row = view.data.wrapping_add(offset).cast_const();
         // Where channels lie apart, their first lines are a start.
         let length = channels * view.dtype.size();
         self.streams[self.at] = Stream { row, pitch: view.nb[2], rows, length, offset: 0, write };

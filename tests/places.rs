@@ -79,13 +79,13 @@ fn expected(case: &Case) -> Vec<Element> {
                 let g = if p.gate_max == 0.0 { g } else { g.min(f64::from(p.gate_max)) };
                 row.iter_mut().for_each(|x| *x *= g.exp());
             }
-            for value in 0..s {
+            outs.extend((0..s).map(|value| {
                 let seen: f64 = (0..s).map(|key| state[key][value] * k[key]).sum();
                 let delta = beta * (get(V, [value, h, t, column]) - seen);
                 (0..s).for_each(|key| state[key][value] += k[key] * delta);
                 let out: f64 = (0..s).map(|key| state[key][value] * q[key]).sum();
-                outs.push(Element { buffer: OUT, at: [value, h, t, column], slot: 0, value: scale * out });
-            }
+                Element { buffer: OUT, at: [value, h, t, column], slot: 0, value: scale * out }
+            }));
             if p.state_clamp > 0.0 {
                 let limit = f64::from(p.state_clamp);
                 state.iter_mut().flatten().for_each(|x| *x = x.clamp(-limit, limit));

@@ -39,7 +39,7 @@ impl Ahead {
     /// exist. At most five times.
     #[inline(always)]
     pub fn add(&mut self, view: &View, first: usize, channels: usize, at: [usize; 3], rows: usize, write: bool) {
-        // The stride of a lone token, which may be any number, has no multiple that must be a number.
+        // Of one token or none the strides may be any numbers, and a multiple of theirs more than a number holds.
         let along = [first, at[0], at[1], at[2]].into_iter().zip(view.nb);
         let offset = along.fold(0usize, |offset, (at, nb)| offset.wrapping_add(at.wrapping_mul(nb)));
         let row = view.data.wrapping_add(offset).cast_const();

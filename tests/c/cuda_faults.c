@@ -516,6 +516,13 @@ static void test_memory(void) {
         refusals += 5;
         require_no_launch();
     }
+    /* Without sequences there is no state to look for. */
+    problem nobody = make(PLAIN, 128, 1, 1, 0);
+    const char *name;
+    for (int n = 0; tensor_at(&nobody.params, n, &name); n++) tensor_at(&nobody.params, n, &name)->ne[3] = 0;
+    nobody.params.state_in.data = nobody.params.state_out.data = &nobody;
+    TAKEN(run(&nobody));
+    require_no_launch();
     /* The validator comes before the driver. */
     long calls = fake->calls(NULL);
     problem p = all[0];

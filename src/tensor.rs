@@ -147,6 +147,15 @@ impl View {
     pub fn at(&self, at: [usize; 4]) -> *mut u8 {
         self.data.wrapping_add(self.offset(at))
     }
+
+    /// Address of an element that need not exist, not to be read: strides of axes of one element or none may be any numbers,
+    /// and multiples of theirs more than a number holds.
+    #[inline(always)]
+    pub fn near(&self, at: [usize; 4]) -> *const u8 {
+        let offset =
+            at.into_iter().zip(self.nb).fold(0usize, |offset, (at, nb)| offset.wrapping_add(at.wrapping_mul(nb)));
+        self.data.wrapping_add(offset)
+    }
 }
 
 /// The addresses of a strided tensor of up to five axes (the fifth: snapshot slots).

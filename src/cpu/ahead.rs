@@ -39,10 +39,7 @@ impl Ahead {
     /// exist. At most five times.
     #[inline(always)]
     pub fn add(&mut self, view: &View, first: usize, channels: usize, at: [usize; 3], rows: usize, write: bool) {
-        // Of one token or none the strides may be any numbers, and a multiple of theirs more than a number holds.
-        let along = [first, at[0], at[1], at[2]].into_iter().zip(view.nb);
-        let offset = along.fold(0usize, |offset, (at, nb)| offset.wrapping_add(at.wrapping_mul(nb)));
-        let row = view.data.wrapping_add(offset).cast_const();
+        let row = view.near([first, at[0], at[1], at[2]]);
         // Where channels lie apart, their first lines are a start.
         let length = channels * view.dtype.size();
         self.streams[self.at] = Stream { row, pitch: view.nb[2], rows, length, offset: 0, write };

@@ -109,15 +109,18 @@ impl Walk {
         }
     }
 
+    /// Whether there is anything to ask for.
+    #[inline(always)]
+    pub fn is_somewhere(&self) -> bool {
+        self.pitch > 0
+    }
+
     /// Asks for the next [`Simd::PAIRS`] pairs, whether or not they are still part of the walk.
     ///
     /// # Safety
     /// `S`'s features are there.
     #[inline(always)]
     pub unsafe fn ask<S: Simd>(&mut self) {
-        if self.pitch == 0 {
-            return;
-        }
         for i in 0..S::PAIRS {
             let pair = self.at.wrapping_add(i * self.pitch);
             // SAFETY: prefetching takes any address; `S` is the caller's.

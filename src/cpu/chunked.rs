@@ -341,9 +341,11 @@ unsafe fn head_chunk<S: Simd, const NV: usize, const NH: usize>(
         for i in 0..length {
             load_row::<S>(&p.v, first, end - first, [head, t + i, sequence], v.add(i * PITCH));
         }
-        // Spread over all tiles of the state's update.
+        // Spread over all products with a state; over its update's tiles where those ask for states.
         let slabs = (end - first).div_ceil(NV * S::LANES);
-        let each = ahead.lines().div_ceil(slabs * s.div_ceil(S::TILE_ROWS));
+        let stretches = 2 * length.div_ceil(S::TILE_ROWS) * (s / STRETCH);
+        let each = if moves.begins || moves.ends { [0, s.div_ceil(S::TILE_ROWS)] } else { [stretches, 0] };
+        let each = each.map(|parts| if parts == 0 { 0 } else { ahead.lines().div_ceil(slabs * parts) });
         for offset in (0..end - first).step_by(PIECE) {
             let columns = first + offset..end.min(first + offset + PIECE);
             let whole = columns.len().is_multiple_of(NV * S::LANES);
@@ -402,7 +404,7 @@ impl Slabs<'_> {
         scratch: *mut f32,
         at: &Scratch,
         ahead: &mut Ahead,
-        each: usize,
+        each: [usize; 2],
     ) {
         let s = self.p.head_size();
         let width = NV * S::LANES;
@@ -418,7 +420,8 @@ impl Slabs<'_> {
             tiles!(S, self.length, i, MR, {
                 for slab in 0..count {
                     let rows = Rows { i, k, q, l, p, v: self.v.add(slab * width), s };
-                    rows.run::<S, MR, NV>(gates, state(slab), u(slab), u_end(slab), &mut finite[slab], &mut self.walks);
+                    let mut beside = Beside { walks: &mut self.walks, ahead, each: each[0] };
+                    rows.run::<S, MR, NV>(gates, state(slab), u(slab), u_end(slab), &mut finite[slab], &mut beside);
                 }
             });
             for slab in 0..count {
@@ -427,7 +430,7 @@ impl Slabs<'_> {
                     continue;
                 }
                 tiles!(S, s, channel, MR, {
-                    ahead.ask::<S>(each);
+                    ahead.ask::<S>(each[1]);
                     update::<S, MR, NV>(
                         self.length,
                         gates.whole.add(channel),
@@ -526,6 +529,26 @@ macro_rules! each {
 /// Slabs of a piece, at most.
 const MOST_SLABS: usize = 8;
 
+/// What to ask for beside the products with a state: its walks, and where there are none the rows that come next.
+struct Beside<'a> {
+    walks: &'a mut Walks,
+    ahead: &'a mut Ahead,
+    /// Lines of rows in a stretch.
+    each: usize,
+}
+
+impl Beside<'_> {
+    /// Asks in a product of so many stretches.
+    #[inline(always)]
+    fn asking<S: Simd>(&mut self, stretches: usize) -> impl FnMut() {
+        let mut walk = self.walks.take::<S>(stretches);
+        move || {
+            // SAFETY: `S` is the caller's.
+            if walk.is_somewhere() { unsafe { walk.ask::<S>() } } else { self.ahead.ask::<S>(self.each) }
+        }
+    }
+}
+
 /// A tile's tokens: `i` the first of them, and the matrices they are rows of.
 struct Rows {
     i: usize,
@@ -551,7 +574,7 @@ impl Rows {
         u: *mut f32,
         u_end: *mut f32,
         finite: &mut [S::V; NV],
-        walks: &mut Walks,
+        beside: &mut Beside,
     ) {
         let (i, s, width) = (self.i, self.s, NV * S::LANES);
         // SAFETY: as in `run`.
@@ -560,8 +583,8 @@ impl Rows {
             let v = self.v.add(i * PITCH);
             // U: the tile is solved in registers, after a product with what is solved already.
             let mut tile: Tile<S, MR, NV> = [[S::splat(0.0); NV]; MR];
-            let walk = walks.take::<S>(s / STRETCH);
-            product_beside::<S, MR, NV>(&mut tile, s, left(self.k, PITCH), state, width, walk);
+            let ask = beside.asking::<S>(s / STRETCH);
+            product_beside::<S, MR, NV>(&mut tile, s, left(self.k, PITCH), state, width, ask);
             for r in 0..MR {
                 let (beta, decay) = (S::splat(*gates.beta.add(i + r)), S::splat(*gates.beta_decay.add(i + r)));
                 for n in 0..NV {
@@ -589,8 +612,8 @@ impl Rows {
             }
             // O
             let mut tile: Tile<S, MR, NV> = [[S::splat(0.0); NV]; MR];
-            let walk = walks.take::<S>(s / STRETCH);
-            product_beside::<S, MR, NV>(&mut tile, s, left(self.q, PITCH), state, width, walk);
+            let ask = beside.asking::<S>(s / STRETCH);
+            product_beside::<S, MR, NV>(&mut tile, s, left(self.q, PITCH), state, width, ask);
             for r in 0..MR {
                 let decay = S::splat(*gates.q_decay.add(i + r));
                 for n in 0..NV {

@@ -1,6 +1,5 @@
 //! The register tile that every matrix product of the chunked algorithm is made of.
 
-use super::ahead::Walk;
 use super::simd::Simd;
 
 /// A tile of `MR` rows by `NV` vectors of columns, in registers.
@@ -52,7 +51,7 @@ pub unsafe fn product<S: Simd, const MR: usize, const NV: usize>(
 /// Steps between two times of asking: few enough that memory's queues have room for what is asked for.
 pub const STRETCH: usize = 8;
 
-/// The same for a depth of whole stretches, each with some of a walk. (Between loops, not in one: compilers then move all
+/// The same for a depth of whole stretches, calling `ask` before each. (Between loops, not in one: compilers then move all
 /// of a large tile from registers to registers each turn.)
 ///
 /// # Safety
@@ -64,12 +63,12 @@ pub unsafe fn product_beside<S: Simd, const MR: usize, const NV: usize>(
     left: Left,
     right: *const f32,
     pitch: usize,
-    mut walk: Walk,
+    mut ask: impl FnMut(),
 ) {
     // SAFETY: passed on.
     unsafe {
         for first in (0..depth).step_by(STRETCH) {
-            walk.ask::<S>();
+            ask();
             let left = Left { at: left.at.add(first * left.step), ..left };
             product::<S, MR, NV>(tile, STRETCH, left, right.add(first * pitch), pitch);
         }

@@ -37,10 +37,12 @@ impl Plan {
         let heads = if problem.writes_nothing() { 0 } else { problem.sequences() * problem.value_heads() };
         let tasks = heads * pieces::per_head(problem);
         let chunked = s <= chunked::MAX_HEAD_SIZE;
+        // Up to the crossover a window of tokens or two is faster; states with value channels contiguous need no
+        // transposing for the chunked kernel.
         let (chunk, crossover) = match isa {
             Isa::Scalar => (16, 16),
-            Isa::Avx2 => (24, 8),
-            Isa::Avx512 => (24, 8),
+            Isa::Avx2 => (24, if problem.state_in.nb_v == size_of::<f32>() { 5 } else { 8 }),
+            Isa::Avx512 => (24, 9),
         };
         let chunk = if chunked { chunk } else { 0 };
         let floats = recurrent::scratch_floats(s).max(if chunked { chunked::scratch_floats(s) } else { 0 });

@@ -14,7 +14,7 @@ fn isas() -> impl Iterator<Item = Isa> {
 fn hold(tokens: &[usize], bound: f64, change: impl Fn(&mut Rng, &mut Case)) {
     let mut rng = Rng(seed());
     for isa in isas() {
-        for tokens in tokens.iter().copied().cycle().take(30) {
+        for tokens in tokens.iter().copied().cycle().take(36) {
             let wish = Wish {
                 tokens: Some(tokens),
                 head_size: Some(rng.pick(&[16, 32, 64])),
@@ -36,7 +36,8 @@ fn hold(tokens: &[usize], bound: f64, change: impl Fn(&mut Rng, &mut Case)) {
     }
 }
 
-const LENGTHS: &[usize] = &[1, 4, 30, 70];
+/// Among them windows of several sizes.
+const LENGTHS: &[usize] = &[1, 2, 4, 7, 30, 70];
 
 #[test]
 fn a_gate_of_minus_infinity_forgets() {
@@ -54,6 +55,11 @@ fn beta_may_be_outside_0_to_1() {
         case.params.qk_norm = 1;
         case.params.qk_norm_eps = 1e-6;
     });
+}
+
+#[test]
+fn states_are_clamped_token_by_token() {
+    hold(&[1, 2, 3, 4, 5, 6, 7, 8, 30], 1e-9, |rng, case| case.params.state_clamp = rng.pick(&[0.1, 0.4, 2.0, 1e6]));
 }
 
 #[test]

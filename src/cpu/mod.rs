@@ -18,6 +18,7 @@ mod simd;
 mod step;
 mod tile;
 mod token;
+mod window;
 
 pub use isa::Isa;
 pub use run::{MAX_THREADS, run, run_part};

@@ -9,6 +9,7 @@ use super::rows::{Columns, load_row, store_row};
 use super::simd::Simd;
 use super::step::{self, Path, Place};
 use super::token::{BATCH, Batch, Token};
+use super::window::{self, Io, UNIT, Window};
 use crate::problem::{Problem, StateView};
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -22,9 +23,14 @@ const WIDE: usize = 128;
 /// Floats of state that a run keeps in scratch.
 const RESIDENT: usize = 1 << 16;
 
+/// Floats of states in scratch.
+fn state_floats(s: usize) -> usize {
+    (s * s).min(RESIDENT).max(s * WIDE.min(s)).max(s * BLOCK)
+}
+
 /// Floats of scratch that a run needs.
 pub fn scratch_floats(s: usize) -> usize {
-    Batch::floats(s) + (s * s).min(RESIDENT).max(s * WIDE.min(s)).max(s * BLOCK)
+    Batch::floats(s) + state_floats(s) + BATCH * window::floats_a_token(s)
 }
 
 /// Columns of one head of one sequence, and the tokens of it to run: up to the sequence's last.
@@ -72,13 +78,21 @@ fn layout(p: &Problem) -> Layout {
 pub unsafe fn run<S: Simd, const NV: usize, const NH: usize>(p: &Problem, run: &Run, scratch: *mut f32) {
     const { assert!(NH * S::LANES == 16 && NV * S::LANES <= BLOCK) };
     let in_memory = run.tokens.len() <= BATCH;
+    let length = p.token_range(run.sequence).len();
+    let is_kept = |t: usize| p.snapshots.is_some_and(|kept| kept.slot(t, length).is_some());
+    let windows = run.tokens.len() > 1 && !(run.tokens.start..run.tokens.end - 1).all(is_kept);
     // SAFETY: passed on.
     unsafe {
         match layout(p) {
             // Rows are summed across lanes, a few at a time.
-            Layout::Rows if in_memory && S::LANES > 1 => direct::<S, AsRows>(p, run, scratch),
-            Layout::Columns if run.tokens.len() == 1 && S::LANES > 1 => direct::<S, AsWhole>(p, run, scratch),
-            Layout::Columns if in_memory => direct::<S, AsColumns<NV, NH>>(p, run, scratch),
+            Layout::Rows if in_memory && S::LANES > 1 => match windows {
+                true => direct::<S, AsRows, true>(p, run, scratch),
+                false => direct::<S, AsRows, false>(p, run, scratch),
+            },
+            Layout::Columns if in_memory && S::LANES > 1 => match windows {
+                true => direct::<S, AsWhole, true>(p, run, scratch),
+                false => direct::<S, AsWhole, false>(p, run, scratch),
+            },
             _ => {
                 let most = (RESIDENT / p.head_size()).max(BLOCK);
                 for first in run.columns.clone().step_by(most) {
@@ -90,7 +104,7 @@ pub unsafe fn run<S: Simd, const NV: usize, const NH: usize>(p: &Problem, run: &
     }
 }
 
-/// A step on a block of columns, by how they lie.
+/// Steps on a block of columns, by how they lie.
 trait Advance {
     /// Columns of a block.
     const WIDTH: usize;
@@ -100,6 +114,15 @@ trait Advance {
     /// # Safety
     /// As for the step behind it, with `width` columns, a multiple of 16.
     unsafe fn step<S: Simd>(t: &Token, path: Path, value: *const f32, out: *mut f32, s: usize, width: usize);
+
+    /// The same for a window's tokens. A bit is set for each [`UNIT`] columns that must go token by token.
+    ///
+    /// # Safety
+    /// As for the step, for the values and outputs of each token.
+    unsafe fn window<S: Simd>(w: &Window, path: Path, io: Io, s: usize, width: usize) -> u32;
+
+    /// A path's part for [`UNIT`] columns, `at` columns further on.
+    fn part(path: Path, at: usize) -> Path;
 }
 
 struct AsRows;
@@ -112,6 +135,17 @@ impl Advance for AsRows {
     unsafe fn step<S: Simd>(t: &Token, path: Path, value: *const f32, out: *mut f32, s: usize, _: usize) {
         // SAFETY: passed on; the width is 16.
         unsafe { step::rows::<S>(t, path, value, out, s) }
+    }
+
+    #[inline(always)]
+    unsafe fn window<S: Simd>(w: &Window, path: Path, io: Io, s: usize, _: usize) -> u32 {
+        // SAFETY: passed on; the width is 16.
+        unsafe { u32::from(!window::rows::<S>(w, path, io, s)) }
+    }
+
+    #[inline(always)]
+    fn part(path: Path, _: usize) -> Path {
+        path
     }
 }
 
@@ -127,39 +161,27 @@ impl Advance for AsWhole {
         // SAFETY: passed on; the width is at most WIDE.
         unsafe { step::streamed::<S>(t, path, value, out, sums.as_mut_ptr().cast(), s, width) }
     }
-}
-
-struct AsColumns<const NV: usize, const NH: usize>;
-
-impl<const NV: usize, const NH: usize> Advance for AsColumns<NV, NH> {
-    const WIDTH: usize = BLOCK;
-    const ROWS: bool = false;
 
     #[inline(always)]
-    unsafe fn step<S: Simd>(t: &Token, path: Path, value: *const f32, out: *mut f32, s: usize, width: usize) {
-        let right = |at: usize| Path { from: path.from.right(at), to: path.to.right(at), ..path };
-        let mut at = 0;
-        // SAFETY: passed on; the pieces lie inside the width.
-        unsafe {
-            while at + NV * S::LANES <= width {
-                step::columns::<S, NV>(t, right(at), value.add(at), out.add(at), s);
-                at += NV * S::LANES;
-            }
-            while at < width {
-                step::columns::<S, NH>(t, right(at), value.add(at), out.add(at), s);
-                at += NH * S::LANES;
-            }
-        }
+    unsafe fn window<S: Simd>(w: &Window, path: Path, io: Io, s: usize, width: usize) -> u32 {
+        let mut sums = [MaybeUninit::<f32>::uninit(); window::SUMS * WIDE];
+        // SAFETY: passed on; the width is at most WIDE.
+        unsafe { window::columns::<S>(w, path, io, sums.as_mut_ptr().cast(), s, width) }
+    }
+
+    #[inline(always)]
+    fn part(path: Path, at: usize) -> Path {
+        Path { from: path.from.right(at), to: path.to.right(at), ..path }
     }
 }
 
-/// Runs at most [`BATCH`] tokens from memory to memory, block by block: the first token reads the source,
-/// each one with a snapshot writes its slot, the last one the destination, all others scratch.
+/// Runs at most [`BATCH`] tokens from memory to memory, block by block, one by one or in windows: the first reads the
+/// source, one with a snapshot ends a window and writes its slot, the last one writes the destination, all others scratch.
 ///
 /// # Safety
 /// As for [`run`]; all states lie as the step needs them.
 #[inline(always)]
-unsafe fn direct<S: Simd, A: Advance>(p: &Problem, run: &Run, scratch: *mut f32) {
+unsafe fn direct<S: Simd, A: Advance, const WINDOWS: bool>(p: &Problem, run: &Run, scratch: *mut f32) {
     let s = p.head_size();
     let Run { sequence: b, head, .. } = *run;
     let (_, sequence) = p.tensor_sequences(b);
@@ -170,36 +192,78 @@ unsafe fn direct<S: Simd, A: Advance>(p: &Problem, run: &Run, scratch: *mut f32)
     };
     let slot = |t: usize| p.snapshots.and_then(|kept| kept.slot(t, range.len()).map(|slot| (kept.view(slot), b)));
     let destination = p.state_out.map(|view| (view, p.row_out(b)));
+    // The tokens of the window from token `t` on: windows of nearly the same length.
+    let tokens = |t: usize| {
+        let rest = if WINDOWS { run.tokens.end - t } else { return 1 };
+        let most = t + rest.div_ceil(rest.div_ceil(S::WINDOW));
+        (t..most).find(|t| slot(*t).is_some()).map_or(most, |last| last + 1) - t
+    };
     let batch = Batch::new(scratch, s);
     let steps = run.columns.len().div_ceil(A::WIDTH) * run.tokens.len();
     let mut ahead = run.next.map_or(Ahead::new(), |next| ahead(p, run, next));
     let each = ahead.lines().div_ceil(steps.max(1));
     // SAFETY: the batch holds the tokens; places are columns of states inside the problem's, or scratch behind the
-    // batch, which has room for WIDTH columns (at most s); value and out have room for WIDE.
+    // batch, which has room for WIDTH columns (at most s); windows have room behind those, token by token; values and
+    // outs have room for WIDE columns of a window's tokens.
     unsafe {
-        let between = Place { at: scratch.add(Batch::floats(s)), pitch: if A::ROWS { s } else { A::WIDTH.min(s) } };
+        let states = scratch.add(Batch::floats(s));
+        let between = Place { at: states, pitch: if A::ROWS { s } else { A::WIDTH.min(s) } };
         batch.prepare::<S>(p, b, head, range.start + run.tokens.start, run.tokens.len());
+        // Of two tokens at least.
+        let mut windows = [None; BATCH / 2];
+        let mut t = run.tokens.start;
+        while WINDOWS && t < run.tokens.end {
+            let (count, at) = (tokens(t), t - run.tokens.start);
+            if count > 1 {
+                let rows = states.add(state_floats(s) + at * window::floats_a_token(s));
+                windows[at / 2] = Window::new::<S>(p, &batch, at, count, rows);
+            }
+            t += count;
+        }
         for column in run.columns.clone().step_by(A::WIDTH) {
             let width = A::WIDTH.min(run.columns.end - column);
             let mut state = place(run.source, (head, column));
             let after = if column + width < run.columns.end { Some((head, column + width)) } else { run.next };
-            for t in run.tokens.clone() {
-                let mut rows = [[MaybeUninit::<f32>::uninit(); WIDE]; 2];
+            let mut t = run.tokens.start;
+            while t < run.tokens.end {
+                let (count, at) = (tokens(t), t - run.tokens.start);
+                let end = t + count;
+                let mut rows = [[MaybeUninit::<f32>::uninit(); window::MOST * WIDE]; 2];
                 let [value, out] = rows.each_mut().map(|row| row.as_mut_ptr().cast::<f32>());
-                let at = [head, range.start + t, sequence];
-                load_row::<S>(&p.v, column, width, at, value);
-                let last = if t + 1 == range.len() { destination } else { None };
-                let to = slot(t).or(last).map_or(between, |state| place(state, (head, column)));
-                let token = batch.token(p, t - run.tokens.start);
+                let io = Io { value, out, pitch: WIDE };
+                for i in 0..count {
+                    load_row::<S>(&p.v, column, width, [head, range.start + t + i, sequence], value.add(i * WIDE));
+                }
+                let last = if end == range.len() { destination } else { None };
+                let to = slot(end - 1).or(last).map_or(between, |state| place(state, (head, column)));
                 // Where nothing follows, what is near already is asked for.
-                let next = match after.filter(|_| t + 1 == run.tokens.end) {
+                let next = match after.filter(|_| end == run.tokens.end) {
                     Some(after) => [place(run.source, after), destination.map_or(to, |state| place(state, after))],
                     None => [state, to],
                 };
-                ahead.ask::<S>(each);
-                A::step::<S>(&token, Path { from: state, to, next }, value, out, s, width);
-                state = to;
-                store_row::<S>(&p.out, column, width, at, out);
+                let path = Path { from: state, to, next };
+                ahead.ask::<S>(each * count);
+                if WINDOWS {
+                    // Not in a closure, which would not have the features.
+                    let (unit, left) = match &windows[at / 2] {
+                        Some(window) if count > 1 => (UNIT, A::window::<S>(window, path, io, s, width)),
+                        _ => (width, 1),
+                    };
+                    for column in (0..width).step_by(unit).filter(|column| left >> (column / unit) & 1 == 1) {
+                        let mut path = A::part(path, column);
+                        for i in 0..count {
+                            let (value, out) = (value.add(i * WIDE + column), out.add(i * WIDE + column));
+                            A::step::<S>(&batch.token(p, at + i), path, value, out, s, unit);
+                            path.from = path.to;
+                        }
+                    }
+                } else {
+                    A::step::<S>(&batch.token(p, at), path, value, out, s, width);
+                }
+                for i in 0..count {
+                    store_row::<S>(&p.out, column, width, [head, range.start + t + i, sequence], out.add(i * WIDE));
+                }
+                (t, state) = (end, to);
             }
             if let Some(destination) = destination {
                 let to = place(destination, (head, column));
@@ -228,6 +292,34 @@ fn ahead(p: &Problem, run: &Run, (head, column): (usize, usize)) -> Ahead {
     ahead.add(&p.v, column, s - column, [head, t, sequence], rows, false);
     ahead.add(&p.out, column, s - column, [head, t, sequence], rows, true);
     ahead.start()
+}
+
+/// A token's step on `width` columns that are contiguous, a multiple of 16.
+///
+/// # Safety
+/// As for [`step::columns`].
+#[inline(always)]
+unsafe fn columns<S: Simd, const NV: usize, const NH: usize>(
+    t: &Token,
+    path: Path,
+    value: *const f32,
+    out: *mut f32,
+    s: usize,
+    width: usize,
+) {
+    let right = |at: usize| Path { from: path.from.right(at), to: path.to.right(at), ..path };
+    let mut at = 0;
+    // SAFETY: passed on; the pieces lie inside the width.
+    unsafe {
+        while at + NV * S::LANES <= width {
+            step::columns::<S, NV>(t, right(at), value.add(at), out.add(at), s);
+            at += NV * S::LANES;
+        }
+        while at < width {
+            step::columns::<S, NH>(t, right(at), value.add(at), out.add(at), s);
+            at += NH * S::LANES;
+        }
+    }
 }
 
 /// Runs any number of tokens with the columns' state in scratch.
@@ -261,7 +353,7 @@ unsafe fn resident<S: Simd, const NV: usize, const NH: usize>(p: &Problem, run: 
                     let at = [head, range.start + t, sequence];
                     load_row::<S>(&p.v, first, width, at, value.as_mut_ptr());
                     let token = batch.token(p, t - start);
-                    AsColumns::<NV, NH>::step::<S>(&token, path, value.as_ptr(), out.as_mut_ptr(), s, width);
+                    columns::<S, NV, NH>(&token, path, value.as_ptr(), out.as_mut_ptr(), s, width);
                     store_row::<S>(&p.out, first, width, at, out.as_ptr());
                     if let Some(kept) = &p.snapshots
                         && let Some(slot) = kept.slot(t, range.len())

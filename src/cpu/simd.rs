@@ -30,6 +30,8 @@ pub trait Simd: Copy + 'static {
     const KEYS: usize;
     /// Pairs of cache lines that are asked for at a time beside a matrix product.
     const PAIRS: usize;
+    /// Tokens, at most, that go through a state together: twice as many sums stay in registers.
+    const WINDOW: usize;
 
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(p: *const f32) -> Self::V;
@@ -115,6 +117,7 @@ impl Simd for Scalar {
     const CHAINS: usize = 1;
     const KEYS: usize = 4;
     const PAIRS: usize = 2;
+    const WINDOW: usize = 4;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> f32 {
@@ -206,6 +209,7 @@ impl Simd for Avx2 {
     const CHAINS: usize = 1;
     const KEYS: usize = 4;
     const PAIRS: usize = 2;
+    const WINDOW: usize = 4;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m256 {
@@ -258,15 +262,20 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn sums(v: *const __m256, dst: *mut f32) {
-        let h01 = _mm256_hadd_ps(*v, *v.add(1));
-        let h23 = _mm256_hadd_ps(*v.add(2), *v.add(3));
-        let h45 = _mm256_hadd_ps(*v.add(4), *v.add(5));
-        let h67 = _mm256_hadd_ps(*v.add(6), *v.add(7));
-        let h03 = _mm256_hadd_ps(h01, h23);
-        let h47 = _mm256_hadd_ps(h45, h67);
-        let lo = _mm256_permute2f128_ps::<0x20>(h03, h47);
-        let hi = _mm256_permute2f128_ps::<0x31>(h03, h47);
-        _mm256_storeu_ps(dst, _mm256_add_ps(lo, hi));
+        // Two vectors become one: each keeps half of its lanes and adds the other half. Blends are cheaper than shuffles.
+        #[inline(always)]
+        unsafe fn quads(v: *const __m256) -> __m256 {
+            let (a, b) = (*v, *v.add(4));
+            _mm256_add_ps(_mm256_blend_ps::<0xf0>(a, b), _mm256_permute2f128_ps::<0x21>(a, b))
+        }
+        #[inline(always)]
+        unsafe fn pairs(a: __m256, b: __m256) -> __m256 {
+            let other = _mm256_shuffle_pd::<0b0101>(_mm256_castps_pd(a), _mm256_castps_pd(b));
+            _mm256_add_ps(_mm256_blend_ps::<0xcc>(a, b), _mm256_castpd_ps(other))
+        }
+        let (even, odd) = (pairs(quads(v), quads(v.add(2))), pairs(quads(v.add(1)), quads(v.add(3))));
+        let other = _mm256_permute_ps::<0b10_11_00_01>(_mm256_blend_ps::<0x55>(even, odd));
+        _mm256_storeu_ps(dst, _mm256_add_ps(_mm256_blend_ps::<0xaa>(even, odd), other));
     }
     #[inline(always)]
     unsafe fn transpose(src: *const f32, ss: usize, dst: *mut f32, ds: usize) {
@@ -335,6 +344,7 @@ impl Simd for Avx512 {
     const CHAINS: usize = 2;
     const KEYS: usize = 8;
     const PAIRS: usize = 4;
+    const WINDOW: usize = 8;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
@@ -387,16 +397,25 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn sums(v: *const __m512, dst: *mut f32) {
-        // 16 vectors to 8 half-width ones with lanes i and i + 8 added, then the 8-lane reduction twice.
-        for half in 0..2 {
-            let mut folded = [_mm256_setzero_ps(); 8];
-            for i in 0..8 {
-                let x = *v.add(8 * half + i);
-                let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(x)));
-                folded[i] = _mm256_add_ps(_mm512_castps512_ps256(x), high);
-            }
-            Avx2::sums(folded.as_ptr(), dst.add(8 * half));
+        // As for AVX2: lanes that have the bit D of their number come from the second vector.
+        #[inline(always)]
+        unsafe fn fold<const D: i32, const HAS: u16>(a: __m512, b: __m512) -> __m512 {
+            let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            let other = _mm512_xor_si512(lane, _mm512_set1_epi32(D));
+            let other = _mm512_mask_add_epi32(other, HAS, other, _mm512_set1_epi32(16));
+            _mm512_add_ps(_mm512_mask_blend_ps(HAS, a, b), _mm512_permutex2var_ps(a, other, b))
         }
+        let mut rest = [_mm512_setzero_ps(); 8];
+        for i in 0..8 {
+            rest[i] = fold::<8, 0xff00>(*v.add(i), *v.add(i + 8));
+        }
+        for i in 0..4 {
+            rest[i] = fold::<4, 0xf0f0>(rest[i], rest[i + 4]);
+        }
+        for i in 0..2 {
+            rest[i] = fold::<2, 0xcccc>(rest[i], rest[i + 2]);
+        }
+        _mm512_storeu_ps(dst, fold::<1, 0xaaaa>(rest[0], rest[1]));
     }
     #[inline(always)]
     unsafe fn transpose(src: *const f32, ss: usize, dst: *mut f32, ds: usize) {

@@ -15,11 +15,11 @@ pub struct Place {
 }
 
 /// Floats of a cache line.
-const LINE: usize = 16;
+pub const LINE: usize = 16;
 
 /// The head size that instructions are written for: with it, and a state without gaps, a row's distance is part of an
 /// instruction.
-const COMMON: usize = 128;
+pub const COMMON: usize = 128;
 
 impl Place {
     /// The place `floats` further on.
@@ -38,16 +38,22 @@ pub struct Path {
 }
 
 /// What is known of a step beforehand; nothing may be promised that does not hold.
-trait Known {
+pub trait Known {
     /// Head size and pitches are [`COMMON`].
     const COMMON: bool;
     /// The state is clamped.
     const CLAMPS: bool;
     /// What comes next is not updated in place.
     const APART: bool;
+
+    /// The head size, as a constant where it is known.
+    #[inline(always)]
+    fn head_size(s: usize) -> usize {
+        if Self::COMMON { COMMON } else { s }
+    }
 }
 
-struct Fast<const CLAMPS: bool, const APART: bool>;
+pub struct Fast<const CLAMPS: bool, const APART: bool>;
 
 impl<const CLAMPS: bool, const APART: bool> Known for Fast<CLAMPS, APART> {
     const COMMON: bool = true;
@@ -56,7 +62,7 @@ impl<const CLAMPS: bool, const APART: bool> Known for Fast<CLAMPS, APART> {
 }
 
 /// Nothing is known, everything is provided for.
-struct Any;
+pub struct Any;
 
 impl Known for Any {
     const COMMON: bool = false;
@@ -64,31 +70,33 @@ impl Known for Any {
     const APART: bool = true;
 }
 
-/// Calls `$step` with the type that says what is known of its token and path.
+/// Calls `$step` with the type that says what is known of its token (or tokens) and path.
 macro_rules! with_known {
-    ($token:expr, $path:expr, $s:expr, $step:ident::<$simd:ty>($($rest:expr),*)) => {{
+    ($token:expr, $path:expr, $s:expr, $step:ident::<$($generic:tt),*>($($rest:expr),*)) => {{
+        use crate::cpu::step::{Any, COMMON, Fast};
         let common = $s == COMMON && $path.from.pitch == COMMON && $path.to.pitch == COMMON;
         match (common, $token.limit < f32::INFINITY, $path.next[0].at != $path.next[1].at) {
-            (true, false, false) => $step::<$simd, Fast<false, false>>($token, $path, $($rest),*),
-            (true, false, true) => $step::<$simd, Fast<false, true>>($token, $path, $($rest),*),
-            (true, true, false) => $step::<$simd, Fast<true, false>>($token, $path, $($rest),*),
-            (true, true, true) => $step::<$simd, Fast<true, true>>($token, $path, $($rest),*),
-            _ => $step::<$simd, Any>($token, $path, $($rest),*),
+            (true, false, false) => $step::<$($generic,)* Fast<false, false>>($token, $path, $($rest),*),
+            (true, false, true) => $step::<$($generic,)* Fast<false, true>>($token, $path, $($rest),*),
+            (true, true, false) => $step::<$($generic,)* Fast<true, false>>($token, $path, $($rest),*),
+            (true, true, true) => $step::<$($generic,)* Fast<true, true>>($token, $path, $($rest),*),
+            _ => $step::<$($generic,)* Any>($token, $path, $($rest),*),
         }
     }};
 }
+pub(super) use with_known;
 
 impl Path {
     /// With constants where they are known.
     #[inline(always)]
-    fn known<K: Known>(self) -> Path {
+    pub fn known<K: Known>(self) -> Path {
         let known = |place: Place| if K::COMMON { Place { pitch: COMMON, ..place } } else { place };
         Path { from: known(self.from), to: known(self.to), next: self.next.map(known) }
     }
 
     /// Asks for the line at `row` and `float` of what comes next, as far as L1 or only L2.
     #[inline(always)]
-    unsafe fn ask<S: Simd, K: Known, const FAR: bool>(&self, row: usize, float: usize) {
+    pub unsafe fn ask<S: Simd, K: Known, const FAR: bool>(&self, row: usize, float: usize) {
         let line = |place: Place| place.at.wrapping_add(row * place.pitch + float).cast_const();
         let [from, to] = self.next.map(line);
         // SAFETY: prefetching takes any address; `S`'s features are there.
@@ -102,13 +110,13 @@ impl Path {
 }
 
 /// Sums of squares that tell whether a clamp may have been met: one operation an element instead of two.
-struct Guard<S: Simd>([S::V; 4]);
+pub struct Guard<S: Simd>([S::V; 4]);
 
 impl<S: Simd> Guard<S> {
     /// # Safety
     /// `S`'s features are there.
     #[inline(always)]
-    unsafe fn new() -> Guard<S> {
+    pub unsafe fn new() -> Guard<S> {
         // SAFETY: passed on.
         Guard([unsafe { S::splat(0.0) }; 4])
     }
@@ -116,24 +124,34 @@ impl<S: Simd> Guard<S> {
     /// # Safety
     /// As for [`Guard::new`].
     #[inline(always)]
-    unsafe fn see(&mut self, at: usize, x: S::V) {
+    pub unsafe fn see(&mut self, at: usize, x: S::V) {
         // SAFETY: passed on.
         unsafe { self.0[at % 4] = S::fma(x, x, self.0[at % 4]) }
     }
 
-    /// Whether every number seen was below the limit. Sums of squares never fall below a square in them.
+    /// The sum of the squares of all that was seen: at least each of them; NaN if one was.
     ///
     /// # Safety
     /// As for [`Guard::new`].
     #[inline(always)]
-    unsafe fn is_below(&self, limit: f32) -> bool {
+    pub unsafe fn squares(&self) -> f32 {
         let mut lanes = [0.0f32; MAX_LANES];
         // SAFETY: passed on; `lanes` has room for any LANES.
         unsafe {
             let all = S::add(S::add(self.0[0], self.0[1]), S::add(self.0[2], self.0[3]));
             S::store(lanes.as_mut_ptr(), all);
         }
-        lanes[..S::LANES].iter().all(|sum| *sum < 0.99 * limit * limit)
+        lanes.iter().sum()
+    }
+
+    /// Whether every number seen was below the limit.
+    ///
+    /// # Safety
+    /// As for [`Guard::new`].
+    #[inline(always)]
+    unsafe fn is_below(&self, limit: f32) -> bool {
+        // SAFETY: passed on.
+        unsafe { self.squares() < 0.99 * limit * limit }
     }
 }
 
@@ -155,7 +173,7 @@ pub unsafe fn rows<S: Simd>(token: &Token, path: Path, value: *const f32, out: *
 /// As for [`rows`].
 #[inline(always)]
 unsafe fn rows_known<S: Simd, K: Known>(token: &Token, path: Path, value: *const f32, out: *mut f32, s: usize) {
-    let s = if K::COMMON { COMMON } else { s };
+    let s = K::head_size(s);
     let path = path.known::<K>();
     let Path { from, to, .. } = path;
     let group = S::LANES / 2;
@@ -261,7 +279,7 @@ unsafe fn streamed_known<S: Simd, K: Known>(
     const MOST: usize = 8;
     /// Lines of what comes next are asked for over two passes.
     const PASSES: usize = 2;
-    let s = if K::COMMON { COMMON } else { s };
+    let s = K::head_size(s);
     let path = path.known::<K>();
     let Path { from, to, .. } = path;
     // SAFETY: i < s and v < width keep every access inside what the caller promises; groups divide s.

@@ -11,6 +11,7 @@ pub const BATCH: usize = 16;
 /// One token's inputs; the rows hold a head's channels.
 #[derive(Clone, Copy)]
 pub struct Token {
+    pub q: *const f32,
     pub k: *const f32,
     /// exp(g) of each key channel.
     pub decay: *const f32,
@@ -85,6 +86,7 @@ impl Batch {
             let q = self.rows.add(i * 5 * s);
             let scalars = self.rows.add(BATCH * 5 * s + 2 * i);
             Token {
+                q,
                 k: q.add(s),
                 decay: q.add(2 * s),
                 decayed_q: q.add(3 * s),

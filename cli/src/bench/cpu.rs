@@ -14,6 +14,7 @@ use anyhow::Result;
 use deltanet::Plan;
 use deltanet::cpu::Isa;
 use serde_json::{Value, json};
+use std::hint::black_box;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -39,6 +40,8 @@ pub struct Row {
     /// FMAs a second, of all threads.
     peak: f64,
     copy: Times,
+    /// As many numbers as the states have multiplied where they are; for states updated in place.
+    sweep: Option<Times>,
     nmse: f64,
 }
 
@@ -98,6 +101,7 @@ impl Cpu {
             ik: call.is_some().then(Times::default),
             peak: 0.0,
             copy: Times::default(),
+            sweep: in_place.then(Times::default),
             nmse: nmse.out.max(nmse.state),
         };
         if nmse.out.is_nan() || nmse.state.is_nan() {
@@ -109,14 +113,17 @@ impl Cpu {
             Ok(clock.seconds())
         };
         let mut peaks = Times::default();
-        let (mut copied, started) = (Floats::filled(case.state.len(), 0.0), Instant::now());
+        let [mut copied, mut swept] = [0.0, 1.0].map(|value| Floats::filled(case.state.len(), value));
+        let started = Instant::now();
         for round in 0.. {
             let ours = seconds(&mut || {
                 case.run(&problem, &plan, team);
                 Ok(())
             })?;
             let theirs = graph.as_ref().map(|graph| seconds(&mut || graph.run())).transpose()?;
+            // Each on memory of its own, which everything before it has driven out of near caches.
             let copy = machine::copy(&case.state, &mut copied, team, threads);
+            let sweep = in_place.then(|| machine::sweep(&mut swept, black_box(1.0), team, threads));
             let iks = call.as_mut().map(|call| seconds(&mut || call.run(&case, in_place, team))).transpose()?;
             // A few rounds are enough to see the peak; it takes longer than a token.
             if round % 8 == 0 {
@@ -128,6 +135,7 @@ impl Cpu {
             }
             row.ours.0.push(ours);
             row.copy.0.push(copy);
+            row.sweep.iter_mut().zip(sweep).for_each(|(times, time)| times.0.push(time));
             row.ggml.iter_mut().zip(theirs).for_each(|(times, time)| times.0.push(time));
             row.ik.iter_mut().zip(iks).for_each(|(times, time)| times.0.push(time));
             if round >= 5 && started.elapsed() > self.budget {
@@ -153,6 +161,7 @@ impl Cpu {
             "gflops": 2e-9 * row.shape.fma() / row.ours.median(),
             "peak_gflops": 2e-9 * row.peak,
             "memcpy_us": us(row.copy.median()),
+            "sweep_us": row.sweep.as_ref().map(|times| us(times.median())),
             "floor_us": us(row.floor()),
             "nmse": row.nmse,
             "ggml_us": row.ggml.as_ref().map(|times| us(times.median())),
@@ -165,9 +174,9 @@ impl Cpu {
 }
 
 impl Row {
-    /// FMAs at their peak, or the state read and written once, whichever takes longer.
+    /// FMAs at their peak, or the state read and written once (in place or not), whichever takes longer.
     fn floor(&self) -> f64 {
-        (self.shape.fma() / self.peak).max(self.copy.median())
+        (self.shape.fma() / self.peak).max(self.sweep.as_ref().unwrap_or(&self.copy).median())
     }
 
     /// The row of the table.

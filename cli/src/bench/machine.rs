@@ -119,3 +119,33 @@ pub fn copy(from: &[f32], to: &mut [f32], team: &Team, threads: usize) -> f64 {
     });
     clock.seconds()
 }
+
+/// Seconds to read and write `memory` once, in place, each thread a part: every number times `factor`.
+pub fn sweep(memory: &mut [f32], factor: f32, team: &Team, threads: usize) -> f64 {
+    let (start, n) = (memory.as_mut_ptr() as usize, memory.len());
+    let clock = Clock::start(threads);
+    team.run(&|ith, nth| {
+        let (first, end) = (n * ith / nth, n * (ith + 1) / nth);
+        // SAFETY: the parts are disjoint and inside the slice, which is borrowed until all parts are done.
+        let part = unsafe { std::slice::from_raw_parts_mut((start as *mut f32).add(first), end - first) };
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the CPU has it.
+            return unsafe { multiply_avx2(part, factor) };
+        }
+        multiply(part, factor);
+    });
+    clock.seconds()
+}
+
+#[inline(always)]
+fn multiply(part: &mut [f32], factor: f32) {
+    part.iter_mut().for_each(|x| *x *= factor);
+}
+
+/// The same in wider vectors, so that memory alone is in its way.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn multiply_avx2(part: &mut [f32], factor: f32) {
+    multiply(part, factor);
+}

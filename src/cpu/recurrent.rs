@@ -30,7 +30,7 @@ fn state_floats(s: usize) -> usize {
 
 /// Floats of scratch that a run needs.
 pub fn scratch_floats(s: usize) -> usize {
-    Batch::floats(s) + state_floats(s) + BATCH * window::floats_a_token(s)
+    Batch::floats(s) + state_floats(s) + BATCH * window::floats_a_token(s) + (2 * window::MOST + window::SUMS) * WIDE
 }
 
 /// Columns of one head of one sequence, and the tokens of it to run: up to the sequence's last.
@@ -118,8 +118,8 @@ trait Advance {
     /// The same for a window's tokens. A bit is set for each [`UNIT`] columns that must go token by token.
     ///
     /// # Safety
-    /// As for the step, for the values and outputs of each token.
-    unsafe fn window<S: Simd>(w: &Window, path: Path, io: Io, s: usize, width: usize) -> u32;
+    /// As for the step, for the values and outputs of each token; `sums` has room for [`window::SUMS`] times the width.
+    unsafe fn window<S: Simd>(w: &Window, path: Path, io: Io, sums: *mut f32, s: usize, width: usize) -> u32;
 
     /// A path's part for [`UNIT`] columns, `at` columns further on.
     fn part(path: Path, at: usize) -> Path;
@@ -138,9 +138,9 @@ impl Advance for AsRows {
     }
 
     #[inline(always)]
-    unsafe fn window<S: Simd>(w: &Window, path: Path, io: Io, s: usize, _: usize) -> u32 {
+    unsafe fn window<S: Simd>(w: &Window, path: Path, io: Io, sums: *mut f32, s: usize, _: usize) -> u32 {
         // SAFETY: passed on; the width is 16.
-        unsafe { u32::from(!window::rows::<S>(w, path, io, s)) }
+        unsafe { u32::from(!window::rows::<S>(w, path, io, sums, s)) }
     }
 
     #[inline(always)]
@@ -163,10 +163,9 @@ impl Advance for AsWhole {
     }
 
     #[inline(always)]
-    unsafe fn window<S: Simd>(w: &Window, path: Path, io: Io, s: usize, width: usize) -> u32 {
-        let mut sums = [MaybeUninit::<f32>::uninit(); window::SUMS * WIDE];
-        // SAFETY: passed on; the width is at most WIDE.
-        unsafe { window::columns::<S>(w, path, io, sums.as_mut_ptr().cast(), s, width) }
+    unsafe fn window<S: Simd>(w: &Window, path: Path, io: Io, sums: *mut f32, s: usize, width: usize) -> u32 {
+        // SAFETY: passed on.
+        unsafe { window::columns::<S>(w, path, io, sums, s, width) }
     }
 
     #[inline(always)]
@@ -204,9 +203,13 @@ unsafe fn direct<S: Simd, A: Advance, const WINDOWS: bool>(p: &Problem, run: &Ru
     let each = ahead.lines().div_ceil(steps.max(1));
     // SAFETY: the batch holds the tokens; places are columns of states inside the problem's, or scratch behind the
     // batch, which has room for WIDTH columns (at most s); windows have room behind those, token by token; values and
-    // outs have room for WIDE columns of a window's tokens.
+    // outs have room for WIDE columns of a token, or behind the windows for those of all a window's.
     unsafe {
         let states = scratch.add(Batch::floats(s));
+        let prepared = states.add(state_floats(s));
+        let values = prepared.add(BATCH * window::floats_a_token(s));
+        let outs = values.add(window::MOST * WIDE);
+        let sums = outs.add(window::MOST * WIDE);
         let between = Place { at: states, pitch: if A::ROWS { s } else { A::WIDTH.min(s) } };
         batch.prepare::<S>(p, b, head, range.start + run.tokens.start, run.tokens.len());
         // Of two tokens at least.
@@ -215,7 +218,7 @@ unsafe fn direct<S: Simd, A: Advance, const WINDOWS: bool>(p: &Problem, run: &Ru
         while WINDOWS && t < run.tokens.end {
             let (count, at) = (tokens(t), t - run.tokens.start);
             if count > 1 {
-                let rows = states.add(state_floats(s) + at * window::floats_a_token(s));
+                let rows = prepared.add(at * window::floats_a_token(s));
                 windows[at / 2] = Window::new::<S>(p, &batch, at, count, rows);
             }
             t += count;
@@ -228,8 +231,9 @@ unsafe fn direct<S: Simd, A: Advance, const WINDOWS: bool>(p: &Problem, run: &Ru
             while t < run.tokens.end {
                 let (count, at) = (tokens(t), t - run.tokens.start);
                 let end = t + count;
-                let mut rows = [[MaybeUninit::<f32>::uninit(); window::MOST * WIDE]; 2];
+                let mut rows = [[MaybeUninit::<f32>::uninit(); WIDE]; 2];
                 let [value, out] = rows.each_mut().map(|row| row.as_mut_ptr().cast::<f32>());
+                let (value, out) = if WINDOWS { (values, outs) } else { (value, out) };
                 let io = Io { value, out, pitch: WIDE };
                 for i in 0..count {
                     load_row::<S>(&p.v, column, width, [head, range.start + t + i, sequence], value.add(i * WIDE));
@@ -246,7 +250,7 @@ unsafe fn direct<S: Simd, A: Advance, const WINDOWS: bool>(p: &Problem, run: &Ru
                 if WINDOWS {
                     // Not in a closure, which would not have the features.
                     let (unit, left) = match &windows[at / 2] {
-                        Some(window) if count > 1 => (UNIT, A::window::<S>(window, path, io, s, width)),
+                        Some(window) if count > 1 => (UNIT, A::window::<S>(window, path, io, sums, s, width)),
                         _ => (width, 1),
                     };
                     for column in (0..width).step_by(unit).filter(|column| left >> (column / unit) & 1 == 1) {

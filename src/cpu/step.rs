@@ -70,22 +70,19 @@ impl Known for Any {
     const APART: bool = true;
 }
 
-/// Calls `$step` with the type that says what is known of its token (or tokens) and path.
+/// Calls `$step` with the type that says what is known of its token and path.
 macro_rules! with_known {
-    ($token:expr, $path:expr, $s:expr, $step:ident::<$($generic:tt),*>($($rest:expr),*)) => {{
-        use crate::cpu::step::{Any, COMMON, Fast};
+    ($token:expr, $path:expr, $s:expr, $step:ident::<$simd:ty>($($rest:expr),*)) => {{
         let common = $s == COMMON && $path.from.pitch == COMMON && $path.to.pitch == COMMON;
         match (common, $token.limit < f32::INFINITY, $path.next[0].at != $path.next[1].at) {
-            (true, false, false) => $step::<$($generic,)* Fast<false, false>>($token, $path, $($rest),*),
-            (true, false, true) => $step::<$($generic,)* Fast<false, true>>($token, $path, $($rest),*),
-            (true, true, false) => $step::<$($generic,)* Fast<true, false>>($token, $path, $($rest),*),
-            (true, true, true) => $step::<$($generic,)* Fast<true, true>>($token, $path, $($rest),*),
-            _ => $step::<$($generic,)* Any>($token, $path, $($rest),*),
+            (true, false, false) => $step::<$simd, Fast<false, false>>($token, $path, $($rest),*),
+            (true, false, true) => $step::<$simd, Fast<false, true>>($token, $path, $($rest),*),
+            (true, true, false) => $step::<$simd, Fast<true, false>>($token, $path, $($rest),*),
+            (true, true, true) => $step::<$simd, Fast<true, true>>($token, $path, $($rest),*),
+            _ => $step::<$simd, Any>($token, $path, $($rest),*),
         }
     }};
 }
-pub(super) use with_known;
-
 impl Path {
     /// With constants where they are known.
     #[inline(always)]

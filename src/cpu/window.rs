@@ -11,7 +11,7 @@
 //! No quotient is taken: each D_j/D_i is a product of decays.
 
 use super::simd::{MAX_LANES, Simd};
-use super::step::{Guard, Known, LINE, Path, ROWS, with_known};
+use super::step::{Any, COMMON, Fast, Guard, Known, LINE, Path, ROWS};
 use super::token::{Batch, dot, multiply};
 use crate::problem::Problem;
 
@@ -200,19 +200,27 @@ unsafe fn solve<S: Simd, const W: usize>(w: &Window, products: *mut f32, pitch: 
     }
 }
 
-/// Calls `$step` with the window's number of tokens, and what is known of it, as constants.
+/// Calls `$step` with the window's number of tokens as a constant, and the type that says what is known.
 macro_rules! with_tokens {
     ($w:expr, $path:expr, $s:expr, $step:ident::<$simd:tt>($($rest:expr),*)) => {
         match $w.tokens {
-            2 => with_known!($w, $path, $s, $step::<$simd, 2>($($rest),*)),
-            3 => with_known!($w, $path, $s, $step::<$simd, 3>($($rest),*)),
-            4 => with_known!($w, $path, $s, $step::<$simd, 4>($($rest),*)),
+            2 => with_tokens!(@ $w, $path, $s, $step::<$simd, 2>($($rest),*)),
+            3 => with_tokens!(@ $w, $path, $s, $step::<$simd, 3>($($rest),*)),
+            4 => with_tokens!(@ $w, $path, $s, $step::<$simd, 4>($($rest),*)),
             // Windows are not longer than the instruction set's.
-            5 if $simd::WINDOW > 4 => with_known!($w, $path, $s, $step::<$simd, 5>($($rest),*)),
-            6 if $simd::WINDOW > 4 => with_known!($w, $path, $s, $step::<$simd, 6>($($rest),*)),
-            7 if $simd::WINDOW > 4 => with_known!($w, $path, $s, $step::<$simd, 7>($($rest),*)),
-            _ if $simd::WINDOW > 4 => with_known!($w, $path, $s, $step::<$simd, 8>($($rest),*)),
+            5 if $simd::WINDOW > 4 => with_tokens!(@ $w, $path, $s, $step::<$simd, 5>($($rest),*)),
+            6 if $simd::WINDOW > 4 => with_tokens!(@ $w, $path, $s, $step::<$simd, 6>($($rest),*)),
+            7 if $simd::WINDOW > 4 => with_tokens!(@ $w, $path, $s, $step::<$simd, 7>($($rest),*)),
+            _ if $simd::WINDOW > 4 => with_tokens!(@ $w, $path, $s, $step::<$simd, 8>($($rest),*)),
             _ => unreachable!(),
+        }
+    };
+    // There are many of these: what is asked for may lie apart in all of them.
+    (@ $w:expr, $path:expr, $s:expr, $step:ident::<$simd:tt, $tokens:literal>($($rest:expr),*)) => {
+        match ($s == COMMON && $path.from.pitch == COMMON && $path.to.pitch == COMMON, $w.limit < f32::INFINITY) {
+            (true, false) => $step::<$simd, $tokens, Fast<false, true>>($w, $path, $($rest),*),
+            (true, true) => $step::<$simd, $tokens, Fast<true, true>>($w, $path, $($rest),*),
+            (false, _) => $step::<$simd, $tokens, Any>($w, $path, $($rest),*),
         }
     };
 }
@@ -221,17 +229,23 @@ macro_rules! with_tokens {
 /// the clamp: their states are then what they were, and their outputs void.
 ///
 /// # Safety
-/// As for [`super::step::rows`], for the values and outputs of each token.
+/// As for [`super::step::rows`], for the values and outputs of each token; `products` has room for [`SUMS`] times [`UNIT`].
 #[inline(always)]
-pub unsafe fn rows<S: Simd>(w: &Window, path: Path, io: Io, s: usize) -> bool {
+pub unsafe fn rows<S: Simd>(w: &Window, path: Path, io: Io, products: *mut f32, s: usize) -> bool {
     // SAFETY: passed on.
-    unsafe { with_tokens!(w, path, s, rows_known::<S>(io, s)) }
+    unsafe { with_tokens!(w, path, s, rows_known::<S>(io, products, s)) }
 }
 
 /// # Safety
 /// As for [`rows`].
 #[inline(always)]
-unsafe fn rows_known<S: Simd, const W: usize, K: Known>(w: &Window, path: Path, io: Io, s: usize) -> bool {
+unsafe fn rows_known<S: Simd, const W: usize, K: Known>(
+    w: &Window,
+    path: Path,
+    io: Io,
+    products: *mut f32,
+    s: usize,
+) -> bool {
     let s = K::head_size(s);
     let path = path.known::<K>();
     let Path { from, to, .. } = path;
@@ -239,7 +253,6 @@ unsafe fn rows_known<S: Simd, const W: usize, K: Known>(w: &Window, path: Path, 
     let decays = ends.wrapping_add(W * s);
     // As many rows at a time as make a whole vector of sums.
     let group = (S::LANES / (2 * W)).max(1);
-    let mut products = [0.0f32; 2 * MOST * UNIT];
     // SAFETY: rows and channels stay below UNIT and s; groups divide UNIT.
     unsafe {
         let mut guard = Guard::<S>::new();
@@ -273,22 +286,22 @@ unsafe fn rows_known<S: Simd, const W: usize, K: Known>(w: &Window, path: Path, 
                 S::sums(acc.as_ptr().add(at), sums.as_mut_ptr().add(at));
             }
             for j in 0..2 * W {
-                products[j * UNIT + first..][..group].copy_from_slice(&sums[j * group..][..group]);
+                std::ptr::copy_nonoverlapping(sums.as_ptr().add(j * group), products.add(j * UNIT + first), group);
             }
         }
-        solve::<S, W>(w, products.as_mut_ptr(), UNIT, io);
+        solve::<S, W>(w, products, UNIT, io);
         if K::CLAMPS {
             let squares = [guard.squares(); UNIT];
-            if !w.stays_below::<S, W>(squares.as_ptr(), products.as_ptr(), UNIT) {
+            if !w.stays_below::<S, W>(squares.as_ptr(), products, UNIT) {
                 return false;
             }
         }
         let group = update_group::<S, W>();
         for first in (0..UNIT).step_by(group) {
-            let mut delta = [[S::splat(0.0); MAX_LANES]; W];
+            let mut delta = [[S::splat(0.0); MOST_GROUP]; W];
             for j in 0..W {
                 for r in 0..group {
-                    delta[j][r] = S::splat(products[j * UNIT + first + r]);
+                    delta[j][r] = S::splat(*products.add(j * UNIT + first + r));
                 }
             }
             let (row, new) = (from.at.add(first * from.pitch), to.at.add(first * to.pitch));
@@ -317,6 +330,9 @@ unsafe fn rows_known<S: Simd, const W: usize, K: Known>(w: &Window, path: Path, 
     }
     true
 }
+
+/// The largest [`update_group`].
+const MOST_GROUP: usize = MAX_LANES / 4;
 
 /// Rows of the state that are updated at a time: their factors stay in registers.
 const fn update_group<S: Simd, const W: usize>() -> usize {
@@ -433,7 +449,7 @@ unsafe fn columns_update<S: Simd, const W: usize, K: Known>(
         // Backwards: what the first pass read last is still near.
         for asked in (0..s).step_by(group) {
             let i = s - group - asked;
-            let (mut decay, mut end) = ([S::splat(0.0); MOST], [[S::splat(0.0); MOST]; W]);
+            let (mut decay, mut end) = ([S::splat(0.0); MOST_GROUP], [[S::splat(0.0); MOST_GROUP]; W]);
             for c in 0..group {
                 decay[c] = S::splat(*decays.add(i + c));
                 for j in 0..W {

@@ -33,7 +33,7 @@ pub struct Window {
     /// Rows of a head's channels: `tokens` keys and as many queries, decayed from the window's start to the token; keys
     /// decayed from their token to the window's end; the whole window's decay.
     rows: *const f32,
-    pub tokens: usize,
+    tokens: usize,
     /// `[j][i]`: what token j finds of token i's key with its own key, i < j.
     keys: *const f32,
     /// The same with its query, i <= j.

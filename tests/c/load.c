@@ -746,7 +746,7 @@ static double denormal_penalty(void) {
 }
 
 static void test_denormals(void) {
-    double penalty = denormal_penalty(), most = penalty > 1 ? 2 * penalty : 2;
+    double penalty = denormal_penalty(), most = penalty > 2 ? 2 * penalty : 2;
     static const int64_t shapes[][5] = { { 128, 4, 8, 1, 1 }, { 128, 2, 4, 64, 1 }, { 64, 2, 4, 200, 1 } };
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         const int64_t *n = shapes[i];

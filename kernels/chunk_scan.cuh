@@ -376,14 +376,14 @@ struct ScanPlace {
     int column_block, head, sequence, piece; // value columns, value head, sequence of the launch, piece of the slab
 };
 // Read anew from the special registers each time: a loop need not hold it.
-template <int S, bool TRANSITION>
+template <int S, int COLS, bool TRANSITION>
 __device__ inline ScanPlace scan_place(const dn_chunk_args &a) {
     int x, y, z;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
     asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(y));
     asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(z));
     const int pieces = TRANSITION ? a.pieces - 1 : a.pieces; // all pieces but the last have a transition
-    return {TRANSITION ? x % (S / 64) : x, y, z / pieces, z % pieces};
+    return {TRANSITION ? x % (S / COLS) : x, y, z / pieces, z % pieces};
 }
 
 // The chunks of its sequence that a block scans: the first one, how many, the slot of the first in the workspace; whether
@@ -420,15 +420,14 @@ __device__ inline StateAt carry_at(const dn_chunk_args &a, int slot, int head) {
     return {(char *)a.carry + ((int64_t)slot * a.p.Hv + head) * S * S * 4, 4, S * 4};
 }
 
-// What a block leaves: its last state.
-template <int S, int C, bool TRANSITION>
-__device__ inline void scan_end(const dn_chunk_args &a, const float (&s)[S / 8][4], bool identity) {
+// What a block leaves: its last state, which `store(where, first column)` puts there.
+template <int S, int C, int COLS, bool TRANSITION, class F>
+__device__ inline void scan_end(const dn_chunk_args &a, bool identity, F store) {
     const dn_problem &p = a.p;
-    const ScanPlace place = scan_place<S, TRANSITION>(a);
+    const ScanPlace place = scan_place<S, COLS, TRANSITION>(a);
     const ScanWalk walk = scan_walk<C, TRANSITION>(a, place);
     const int h = place.head, b = a.seq0 + place.sequence;
-    const int column = place.column_block * 64 + (threadIdx.x >> 5) * 16 + 2 * ((threadIdx.x & 31) >> 2);
-    const auto put = [&](const StateAt &at) { store_fragments<S / 8>(s, at, column); };
+    const auto put = [&](const StateAt &at) { store(at, place.column_block * COLS); };
     dn_sequence seq;
     if (!dn_sequence_of(p, b, seq)) return;
     if (TRANSITION) {
@@ -455,7 +454,7 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
     using M = ScanSmem<S, C, PARTS>;
     extern __shared__ __align__(1024) unsigned char smem_raw[];
     const dn_problem &p = a.p;
-    const ScanPlace place = scan_place<S, TRANSITION>(a);
+    const ScanPlace place = scan_place<S, M::COLS, TRANSITION>(a);
     const int h = place.head, piece = place.piece;
     // All of a transition but the first, whose state is known.
     const bool identity = TRANSITION && blockIdx.x >= S / 64;
@@ -622,5 +621,7 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
     }
     if (LATER && !TRANSITION && count > 0) store_output<C, IO>(p, out, done, x.tokens - (count - 1) * C);
     cp_async_wait<0>();
-    scan_end<S, C, TRANSITION>(a, s, identity);
+    scan_end<S, C, M::COLS, TRANSITION>(a, identity, [&](const StateAt &at, int first) {
+        store_fragments<S / 8>(s, at, first + (threadIdx.x >> 5) * 16 + 2 * ((threadIdx.x & 31) >> 2));
+    });
 }

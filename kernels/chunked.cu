@@ -1,8 +1,9 @@
 // The chunked (WY) kernel for prompts: scalar gate, head sizes 64 and 128, sm_80 and newer. See chunk_prepare.cuh and
-// chunk_scan.cuh, and chunk_join.cuh for few heads. Precision, head size, chunk length and the layout of v and out are in the names; src/cuda/chunked.rs
-// picks.
+// chunk_scan.cuh, chunk_cluster.cuh for the scan on Hopper, chunk_join.cuh for few heads. Precision, head size, chunk length
+// and the layout of v and out are in the names; src/cuda/chunked.rs picks.
 #include "chunk_prepare.cuh"
 #include "chunk_scan.cuh"
+#include "chunk_cluster.cuh"
 #include "chunk_join.cuh"
 
 // Chunks of 64 tokens need 227 KiB of shared memory a block; the other architectures get chunks of 32. The kernels of the
@@ -28,6 +29,19 @@
         dn_chunk_transition_##MODE##_s##S##_c##C##_##IO_NAME(const __grid_constant__ dn_chunk_args a) {             \
         if constexpr (C == DN_CHUNK) chunk_scan<S, C, PARTS, IO, true>(a);                                          \
     }
+// Empty but on sm_90a.
+#if defined(__CUDA_ARCH__) && DN_WGMMA
+#define DN_CLUSTER(N) __cluster_dims__(N, 1, 1)
+#define DN_CLUSTER_SCAN(S, PARTS, IO) chunk_cluster<S, PARTS, IO>(a)
+#else
+#define DN_CLUSTER(N)
+#define DN_CLUSTER_SCAN(S, PARTS, IO)
+#endif
+#define DN_CLUSTERED(S, PARTS, MODE, IO, IO_NAME)                                                                   \
+    extern "C" __global__ void DN_CLUSTER(2) __launch_bounds__(256, 1)                                             \
+        dn_chunk_cluster_##MODE##_s##S##_##IO_NAME(const __grid_constant__ dn_chunk_args a) {                       \
+        DN_CLUSTER_SCAN(S, PARTS, IO);                                                                              \
+    }
 #define DN_JOIN(S)                                                                                                  \
     extern "C" __global__ void __launch_bounds__(2 * S, 1) dn_chunk_join_s##S(const __grid_constant__ dn_chunk_args a) { \
         chunk_join<S>(a);                                                                                           \
@@ -48,6 +62,14 @@ DN_CHUNKED(128, 32, 2, exact)
 DN_CHUNKED(128, 32, 1, bf16)
 DN_CHUNKED(64, 32, 2, exact)
 DN_CHUNKED(64, 32, 1, bf16)
+DN_CLUSTERED(128, 2, exact, IO_F32, f32)
+DN_CLUSTERED(128, 2, exact, IO_ANY, any)
+DN_CLUSTERED(64, 2, exact, IO_F32, f32)
+DN_CLUSTERED(64, 2, exact, IO_ANY, any)
+DN_CLUSTERED(128, 1, bf16, IO_F32, f32)
+DN_CLUSTERED(128, 1, bf16, IO_ANY, any)
+DN_CLUSTERED(64, 1, bf16, IO_F32, f32)
+DN_CLUSTERED(64, 1, bf16, IO_ANY, any)
 DN_JOIN(128)
 DN_JOIN(64)
 
@@ -63,3 +85,5 @@ DN_SIZES(128, 32, 2, 34048, 100384, 32768, 8448)
 DN_SIZES(128, 32, 1, 24832, 59424, 16384, 4352)
 DN_SIZES(64, 32, 2, 33024, 67616, 16384, 8448)
 DN_SIZES(64, 32, 1, 24832, 43040, 8192, 4352)
+static_assert(ClusterSmem<128, 2>::BYTES == 223360 && ClusterSmem<128, 1>::BYTES == 125056 &&
+              ClusterSmem<64, 2>::BYTES == 157824 && ClusterSmem<64, 1>::BYTES == 92288, "sizes");

@@ -300,8 +300,10 @@ fn a_machine_without_a_driver_gets_a_status() {
     assert_eq!(deltanet::deltanet_cuda_prepare(), Status::Unsupported);
 }
 
+/// The same kernel gives a shard the bits of the whole. Which of the chunked kernels scans a prompt depends on how many heads
+/// and sequences there are: there the answers agree as well as both agree with the oracle.
 #[test]
-fn shards_have_the_bits_of_the_whole() {
+fn shards_have_the_answers_of_the_whole() {
     let Some((_turn, gpu)) = gpu() else { return };
     // A stream for each half, as on two devices.
     let other = Gpu { context: gpu.context.clone(), stream: gpu.context.new_stream().expect("a second stream") };
@@ -329,10 +331,20 @@ fn shards_have_the_bits_of_the_whole() {
                     })
                 };
                 let expected = bits(1);
+                const PROMPT: usize = 48; // from which on a kernel may be a chunked one
                 for shards in [2, 4, 16] {
                     let how =
                         format!("{shards} shards, {head_size} channels, {tokens} tokens, {head_map:?}, {layout:?}");
-                    assert!(bits(shards) == expected, "{how}");
+                    let got = bits(shards);
+                    if tokens < PROMPT {
+                        assert!(got == expected, "{how}");
+                    } else {
+                        let value = |bits: &u32| f64::from(f32::from_bits(*bits));
+                        let square = |x: f64| x * x;
+                        let error: f64 = got.iter().zip(&expected).map(|(a, b)| square(value(a) - value(b))).sum();
+                        let all: f64 = expected.iter().map(|x| square(value(x))).sum();
+                        assert!(error <= 1e-9 * all, "{how}: NMSE {:e}", error / all);
+                    }
                 }
             }
         }

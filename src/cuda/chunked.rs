@@ -3,7 +3,8 @@
 //!
 //! A prompt runs as pairs of launches, one pair a slab of chunks: `prepare` (P) writes what does not depend on the state
 //! to the workspace, `scan` (S) walks over it with the state. The order is P0 S0 P1 S1 P2 S2 ..., and a device that can
-//! overlap launches runs each P beside the S before it, hence two buffers. Few heads are few blocks: then a slab is cut into
+//! overlap launches runs each P beside the S before it, hence two buffers. On Hopper the blocks of a scan that all fit on the
+//! device at once are small and in clusters (kernels/chunk_cluster.cuh). Few heads are few blocks: then a slab is cut into
 //! pieces that are scanned side by side, and X and J before each S find out what states the pieces start from
 //! (kernels/chunk_join.cuh).
 
@@ -21,8 +22,15 @@ use std::ffi::c_void;
 const MOST_RAGGED: usize = 1024;
 /// CUDA's limit on the later axes of a grid.
 const GRID_LIMIT: usize = 65535;
-/// Value columns of a block of the scan.
+/// Value columns of a block of the scan, and its threads.
 const COLUMNS: usize = 64;
+const THREADS: usize = 128;
+/// The same where blocks are in clusters (kernels/chunk_cluster.cuh).
+const CLUSTER_COLUMNS: usize = 32;
+const CLUSTER_THREADS: usize = 256;
+/// Chunks that a device must be able to prepare at a time beside a scan in clusters. With less room the two take turns, which
+/// needs one buffer, so that slabs are larger.
+const BESIDE: usize = 8;
 /// Blocks that fill a large device: as many sequences go into a slab.
 const FULL: usize = 128;
 /// Blocks of a scan up to which a slab is cut into pieces: with more, the work for that is more than what it saves.
@@ -30,6 +38,8 @@ const FEW: usize = 16;
 /// Chunks that a piece has at least, and a slab that is cut.
 const PIECE: usize = 2;
 const CUT: usize = 8;
+/// Chunks of a sequence from which its slabs are cut where the scan would otherwise be in clusters.
+const CUT_OF_CLUSTERS: usize = 20;
 /// Value columns of a block of the join: JOIN_ROWS in its source.
 const JOIN_ROWS: usize = 4;
 /// Buffers of a workspace that holds several slabs.
@@ -70,7 +80,7 @@ const IO_ANY: usize = 2;
 
 #[cfg(any(deltanet_nvcc, test))]
 macro_rules! names {
-    ($(($mode:literal, $s:literal, $c:literal)),+ ; $($join:literal),+) => {
+    ($(($mode:literal, $s:literal, $c:literal)),+ ; $(($cmode:literal, $cs:literal)),+ ; $($join:literal),+) => {
         [$(
             name(concat!("dn_chunk_prepare_", $mode, "_s", $s, "_c", $c, "\0")),
             name(concat!("dn_chunk_scan_", $mode, "_s", $s, "_c", $c, "_f32\0")),
@@ -78,11 +88,14 @@ macro_rules! names {
             name(concat!("dn_chunk_scan_", $mode, "_s", $s, "_c", $c, "_any\0")),
             name(concat!("dn_chunk_transition_", $mode, "_s", $s, "_c", $c, "_f32\0")),
             name(concat!("dn_chunk_transition_", $mode, "_s", $s, "_c", $c, "_any\0")),
+        )+ $(
+            name(concat!("dn_chunk_cluster_", $cmode, "_s", $cs, "_f32\0")),
+            name(concat!("dn_chunk_cluster_", $cmode, "_s", $cs, "_any\0")),
         )+ $(name(concat!("dn_chunk_join_s", $join, "\0")),)+]
     };
 }
 
-/// Every chunked kernel: those of each configuration, then the joins.
+/// Every chunked kernel: those of each configuration, then the scans in clusters, then the joins.
 #[cfg(any(deltanet_nvcc, test))]
 pub(crate) static NAMES: [&CStr; JOIN + 2] = names![
     ("exact", 128, 64),
@@ -93,10 +106,15 @@ pub(crate) static NAMES: [&CStr; JOIN + 2] = names![
     ("bf16", 128, 32),
     ("bf16", 64, 64),
     ("bf16", 64, 32);
+    ("exact", 128),
+    ("exact", 64),
+    ("bf16", 128),
+    ("bf16", 64);
     128, 64
 ];
-/// The first join in `NAMES`.
-const JOIN: usize = 8 * KINDS;
+/// The first scan in clusters in `NAMES`, and the first join.
+const CLUSTER: usize = 8 * KINDS;
+const JOIN: usize = CLUSTER + 8;
 
 #[cfg(any(deltanet_nvcc, test))]
 const fn name(words: &'static str) -> &'static CStr {
@@ -117,13 +135,15 @@ pub(crate) struct Abilities {
     pub processors: usize,
     /// Whether a kernel may start before the one ahead of it is done.
     pub overlap: bool,
+    /// Whether scans can be in clusters of blocks.
+    pub clusters: bool,
 }
 
 impl Abilities {
     /// For kernels compiled for `arch` (90 for sm_90), as kernels/chunked.cu has it.
     pub fn new(arch: i32, shared: usize, processors: usize, overlap: bool) -> Abilities {
         let chunk = if (90..120).contains(&arch) { 64 } else { 32 };
-        Abilities { chunk, shared, processors, overlap: overlap && arch >= 90 }
+        Abilities { chunk, shared, processors, overlap: overlap && arch >= 90, clusters: arch == 90 }
     }
 }
 
@@ -140,6 +160,11 @@ impl Shape {
         // TF32 asks for less than exact gives. It has no kernel of its own: on tensor cores it costs two thirds of it.
         let parts = if problem.precision() == Precision::Bf16 { 1 } else { 2 };
         Shape { head_size: problem.head_size(), chunk, parts }
+    }
+
+    /// The index of the scan in clusters in `NAMES`.
+    fn cluster(&self) -> usize {
+        CLUSTER + 4 * usize::from(self.parts == 1) + 2 * usize::from(self.head_size == 64)
     }
 
     /// The index of the configuration in `NAMES`.
@@ -179,10 +204,17 @@ impl Shape {
         let solve = 2 * 2 * self.triangle() + 2 * self.chunk * (self.chunk + 4) * 4 + 2 * self.chunk * 24 * 4;
         self.kq().max(solve) + 2 * self.chunk * (8 + 4) + 2 * self.vectors()
     }
+    /// Shared memory of the tiles of two chunks.
+    fn stages(&self) -> usize {
+        2 * (self.kq() + self.th()).next_multiple_of(1024)
+    }
     /// Shared memory of `scan`.
     fn scan_shared(&self) -> usize {
-        let stage = (self.kq() + self.th()).next_multiple_of(1024);
-        2 * stage + 2 * self.chunk * COLUMNS * 4 + 32
+        self.stages() + 2 * self.chunk * COLUMNS * 4 + 32
+    }
+    /// The same of a scan in clusters.
+    fn cluster_shared(&self) -> usize {
+        self.stages() + 3 * self.chunk * CLUSTER_COLUMNS * 4 + 128
     }
 }
 
@@ -197,11 +229,12 @@ pub(crate) fn shared_sizes() -> impl Iterator<Item = usize> {
     let shapes = [2, 1].into_iter().flat_map(|parts| {
         [128, 64].into_iter().flat_map(move |head_size| [64, 32].map(|chunk| Shape { head_size, chunk, parts }))
     });
-    let kernels = shapes.flat_map(|shape| {
+    let kernels = shapes.clone().flat_map(|shape| {
         let scan = shape.scan_shared();
         [shape.prepare_shared(), scan, scan, scan, scan, scan]
     });
-    kernels.chain([0, 0])
+    let clusters = shapes.filter(|shape| shape.chunk == 64).flat_map(|shape| [shape.cluster_shared(); 2]);
+    kernels.chain(clusters).chain([0, 0])
 }
 
 /// Tokens at the end of every sequence that the token-serial kernel does, because states after them are kept. The newest
@@ -302,8 +335,8 @@ impl Chunked {
     }
 
     /// Chunks that a device prepares at a time, on the multiprocessors that a scan leaves free.
-    fn wave(&self, problem: &Problem, shape: &Shape, device: &Abilities) -> usize {
-        let scans = self.group * problem.value_heads() * problem.head_size() / COLUMNS;
+    fn wave(&self, problem: &Problem, shape: &Shape, device: &Abilities, columns: usize) -> usize {
+        let scans = self.group * problem.value_heads() * problem.head_size() / columns;
         let at_a_time = device.processors.saturating_sub(scans) * if shape.chunk == 64 { 2 } else { 3 };
         at_a_time / (self.group * shape.prepare_blocks(problem)).max(1)
     }
@@ -323,9 +356,16 @@ impl Chunked {
         let (chunks, group) = (self.chunks(problem, shape.chunk), if ragged { 1 } else { self.group });
         let room = (self.workspace - self.states()) / shape.slot(problem);
         let groups = if ragged { 1 } else { problem.sequences().div_ceil(group) };
-        let wave = self.wave(problem, &shape, device);
+        // Clusters make a scan's chain short and its work larger: they pay while every block has a multiprocessor to itself.
+        let blocks = problem.sequences() * problem.value_heads() * problem.head_size() / CLUSTER_COLUMNS;
+        let cut = if device.clusters { CUT_OF_CLUSTERS } else { CUT };
+        let pieces = if chunks < cut { 1 } else { self.pieces };
+        let clusters = device.clusters && pieces == 1 && blocks <= device.processors;
+        let wave = self.wave(problem, &shape, device, if clusters { CLUSTER_COLUMNS } else { COLUMNS });
         let one = groups == 1 && chunks * group <= room;
-        let buffers = if one && (ragged || !device.overlap || wave == 0 || chunks <= 2 * wave) { 1 } else { BUFFERS };
+        let turns = clusters && wave < BESIDE;
+        let buffers =
+            if turns || one && (ragged || !device.overlap || wave == 0 || chunks <= 2 * wave) { 1 } else { BUFFERS };
         let mut most = (room / buffers / group).clamp(1, chunks.max(1));
         if buffers > 1 && wave > 0 {
             most = most.min(2 * wave); // a prepare beside each scan in two waves; more only delay the first scan
@@ -354,9 +394,12 @@ impl Chunked {
             slabs_of_group: chunks.div_ceil(per_slab),
             slabs: groups * chunks.div_ceil(per_slab),
             ragged,
-            pieces: self.pieces,
+            pieces,
+            few: self.pieces > 1,
             prepare: first_function + shape.index() * KINDS,
-            scan: first_function + shape.index() * KINDS + 1 + io,
+            clusters,
+            scan: first_function
+                + if clusters { shape.cluster() + usize::from(io != IO_F32) } else { shape.index() * KINDS + 1 + io },
             transition: first_function + shape.index() * KINDS + TRANSITION + usize::from(io != IO_F32),
             join: first_function + JOIN + usize::from(shape.head_size != 128),
             kq: at(0),
@@ -410,6 +453,10 @@ pub(crate) struct Launches<'a> {
     slabs: usize,
     ragged: bool,
     pieces: usize,
+    /// Whether the blocks are so few that they find room beside a caller's kernel.
+    few: bool,
+    /// Whether scans are in clusters.
+    clusters: bool,
     prepare: usize,
     scan: usize,
     transition: usize,
@@ -456,8 +503,9 @@ impl Launches<'_> {
             threads: 4 * self.shape.chunk as u32,
             shared: self.shape.prepare_shared() as u32,
             // The first has to wait for all that came before the call. Launched ahead it would do so two blocks to a
-            // multiprocessor, beside the caller's kernel: worse than late, unless its blocks are few.
-            overlap: slab > 0 || self.pieces > 1,
+            // multiprocessor, beside the caller's kernel: worse than late, unless its blocks are few. With one buffer any
+            // other has to wait for the scan that reads it.
+            overlap: slab > 0 && self.buffers > 1 || self.few,
             arguments: Arguments::Chunk(arguments),
         }
     }
@@ -467,7 +515,7 @@ impl Launches<'_> {
         Launch {
             function,
             grid: [(columns / COLUMNS) as u32, self.problem.value_heads() as u32, (arguments.nseq * pieces) as u32],
-            threads: 128,
+            threads: THREADS as u32,
             shared: self.shape.scan_shared() as u32,
             overlap: true,
             arguments: Arguments::Chunk(arguments),
@@ -476,7 +524,16 @@ impl Launches<'_> {
 
     fn launch_scan(&self, slab: usize) -> Launch {
         let (arguments, _) = self.slab(slab);
-        self.launch_blocks(self.scan, self.problem.head_size(), arguments.pieces, arguments)
+        let launch = self.launch_blocks(self.scan, self.problem.head_size(), arguments.pieces, arguments);
+        if !self.clusters {
+            return launch;
+        }
+        Launch {
+            grid: [(self.problem.head_size() / CLUSTER_COLUMNS) as u32, launch.grid[1], launch.grid[2]],
+            threads: CLUSTER_THREADS as u32,
+            shared: self.shape.cluster_shared() as u32,
+            ..launch
+        }
     }
 
     fn launch_transition(&self, slab: usize) -> Launch {
@@ -528,8 +585,8 @@ mod tests {
     use crate::problem::Place;
     use crate::tensor::Tensor;
 
-    const HOPPER: Abilities = Abilities { chunk: 64, shared: 232448, processors: 132, overlap: true };
-    const ADA: Abilities = Abilities { chunk: 32, shared: 101376, processors: 128, overlap: false };
+    const HOPPER: Abilities = Abilities { chunk: 64, shared: 232448, processors: 132, overlap: true, clusters: true };
+    const ADA: Abilities = Abilities { chunk: 32, shared: 101376, processors: 128, overlap: false, clusters: false };
 
     struct Case {
         s: usize,
@@ -611,6 +668,7 @@ mod tests {
     fn kind(launch: &Launch) -> usize {
         match launch.function - 100 {
             function if function >= JOIN => 3,
+            function if function >= CLUSTER => 1,
             function => [0, 1, 1, 1, 2, 2][function % KINDS],
         }
     }
@@ -629,6 +687,11 @@ mod tests {
         assert_eq!(sizes(128, 32, 1), (24832, 59424, 16384, 4352));
         assert_eq!(sizes(64, 32, 2), (33024, 67616, 16384, 8448));
         assert_eq!(sizes(64, 32, 1), (24832, 43040, 8192, 4352));
+        let cluster = |head_size, parts| Shape { head_size, chunk: 64, parts }.cluster_shared();
+        assert_eq!(
+            [cluster(128, 2), cluster(128, 1), cluster(64, 2), cluster(64, 1)],
+            [223_360, 125_056, 157_824, 92_288]
+        );
         assert!(fits(&HOPPER) && fits(&ADA) && !fits(&Abilities { shared: 65536, ..ADA }));
         assert_eq!(shared_sizes().count(), NAMES.len());
     }
@@ -641,7 +704,11 @@ mod tests {
                     let (_, all) = launches(&Case { s, precision, t: 300, ..CASE }.problem(), &device);
                     let name = |at: usize| NAMES[all[at].function - 100].to_str().expect("ascii");
                     assert_eq!(name(0), format!("dn_chunk_prepare_{mode}_s{s}_c{chunk}"));
-                    assert_eq!(name(1), format!("dn_chunk_scan_{mode}_s{s}_c{chunk}_f32"));
+                    let scan = match chunk {
+                        64 => format!("dn_chunk_cluster_{mode}_s{s}_f32"),
+                        _ => format!("dn_chunk_scan_{mode}_s{s}_c{chunk}_f32"),
+                    };
+                    assert_eq!(name(1), scan);
                     let sizes: Vec<_> = shared_sizes().collect();
                     assert!(all.iter().all(|launch| launch.shared as usize == sizes[launch.function - 100]));
                 }
@@ -709,8 +776,8 @@ mod tests {
                     if kind(launch) == 0 {
                         prepared.push(key);
                         assert_eq!(launch.grid[0], (a.nchunks * a.nseq) as u32);
-                        // The two launches ahead may still be running.
-                        for other in &all[at.saturating_sub(2)..at] {
+                        // The two launches ahead may still be running, if it may start before they are done.
+                        for other in &all[if launch.overlap { at.saturating_sub(2) } else { at }..at] {
                             let (mine, theirs) = (range(launch), range(other));
                             assert!(mine.1 <= theirs.0 || theirs.1 <= mine.0, "a prepare writes to what is read");
                         }
@@ -723,7 +790,7 @@ mod tests {
                     }
                 }
                 assert!(next.iter().all(|n| *n as usize == chunks));
-                assert!(all[1..].iter().all(|launch| launch.overlap) && arguments(&all[0]).waits == 1);
+                assert!(all.iter().all(|launch| launch.overlap || kind(launch) == 0) && arguments(&all[0]).waits == 1);
             }
         }
     }
@@ -734,11 +801,15 @@ mod tests {
             let (_, all) = launches(&case.problem(), &HOPPER);
             all.iter().filter(|launch| kind(launch) == 0).map(|launch| launch.grid[0]).collect::<Vec<_>>()
         };
-        // 14 chunks fit twice. (132 - 64) multiprocessors have room for 8 chunks of 16 blocks at a time.
-        assert_eq!(grids(&CASE), [13, 13, 13, 13, 12]);
-        assert_eq!(grids(&Case { t: 2048, ..CASE }), [11, 11, 10]);
+        // The scan's 128 blocks leave no room for a prepare: the two take turns, and 29 chunks fit.
+        assert_eq!(grids(&CASE), [22, 22, 20]);
+        assert_eq!(grids(&Case { t: 2048, ..CASE }), [16, 16]);
         assert_eq!(grids(&Case { t: 1024, ..CASE }), [16]);
-        assert_eq!(grids(&Case { precision: Precision::Bf16, ..CASE }), [16, 16, 16, 16]);
+        assert_eq!(grids(&Case { precision: Precision::Bf16, ..CASE }), [32, 32]);
+        // 64 blocks leave 68 multiprocessors, room for 17 chunks of 8 blocks at a time.
+        assert_eq!(grids(&Case { hk: 8, hv: 16, ..CASE }).len(), 5);
+        // Two sequences are 128 blocks of the other scan. 4 multiprocessors have no room for a chunk of both.
+        assert_eq!(grids(&Case { b: 2, ..CASE }).len(), 5);
     }
 
     #[test]

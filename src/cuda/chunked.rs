@@ -199,6 +199,11 @@ impl Shape {
         problem.key_heads() * (problem.value_heads() / problem.key_heads()).div_ceil(2)
     }
 
+    /// Chunks of one sequence that so many multiprocessors prepare at a time.
+    fn at_a_time(&self, problem: &Problem, processors: usize) -> usize {
+        processors * if self.chunk == 64 { 2 } else { 3 } / self.prepare_blocks(problem).max(1)
+    }
+
     /// Shared memory of `prepare`.
     fn prepare_shared(&self) -> usize {
         let solve = 2 * 2 * self.triangle() + 2 * self.chunk * (self.chunk + 4) * 4 + 2 * self.chunk * 24 * 4;
@@ -337,8 +342,7 @@ impl Chunked {
     /// Chunks that a device prepares at a time, on the multiprocessors that a scan leaves free.
     fn wave(&self, problem: &Problem, shape: &Shape, device: &Abilities, columns: usize) -> usize {
         let scans = self.group * problem.value_heads() * problem.head_size() / columns;
-        let at_a_time = device.processors.saturating_sub(scans) * if shape.chunk == 64 { 2 } else { 3 };
-        at_a_time / (self.group * shape.prepare_blocks(problem)).max(1)
+        shape.at_a_time(problem, device.processors.saturating_sub(scans)) / self.group
     }
 
     /// The launches on `device`, in order. `first_function` is the index of the first of `NAMES` among all kernels;
@@ -369,6 +373,10 @@ impl Chunked {
         let mut most = (room / buffers / group).clamp(1, chunks.max(1));
         if buffers > 1 && wave > 0 {
             most = most.min(2 * wave); // a prepare beside each scan in two waves; more only delay the first scan
+        }
+        if turns && chunks > most {
+            let full = shape.at_a_time(problem, device.processors) / group; // a prepare's blocks leave none idle
+            most -= most % full.clamp(1, most);
         }
         let per_slab = chunks.div_ceil(chunks.div_ceil(most).max(1)).max(1);
         let at = |bytes: usize| workspace.wrapping_byte_add(workspace.align_offset(ALIGN)).wrapping_byte_add(bytes);
@@ -801,10 +809,11 @@ mod tests {
             let (_, all) = launches(&case.problem(), &HOPPER);
             all.iter().filter(|launch| kind(launch) == 0).map(|launch| launch.grid[0]).collect::<Vec<_>>()
         };
-        // The scan's 128 blocks leave no room for a prepare: the two take turns, and 29 chunks fit.
-        assert_eq!(grids(&CASE), [22, 22, 20]);
+        // The scan's 128 blocks leave no room for a prepare: the two take turns. 29 chunks fit, and 16 of them are two blocks
+        // for each multiprocessor.
+        assert_eq!(grids(&CASE), [16, 16, 16, 16]);
         assert_eq!(grids(&Case { t: 2048, ..CASE }), [16, 16]);
-        assert_eq!(grids(&Case { t: 1024, ..CASE }), [16]);
+        assert_eq!(grids(&Case { t: 1600, ..CASE }), [25]);
         assert_eq!(grids(&Case { precision: Precision::Bf16, ..CASE }), [32, 32]);
         // 64 blocks leave 68 multiprocessors, room for 17 chunks of 8 blocks at a time.
         assert_eq!(grids(&Case { hk: 8, hv: 16, ..CASE }).len(), 5);

@@ -42,7 +42,7 @@ const WINDOWED: usize = 5;
 /// Tokens a sequence from which the chunked kernels are faster than the token-serial ones. Those in windows come closer,
 /// as long as their blocks are all on the device at once: up to two on each multiprocessor of a large one.
 pub(super) const PROMPT: usize = 48;
-const PROMPT_OF_FEW: usize = 88;
+const PROMPT_OF_FEW: usize = 112;
 const FEW_BLOCKS: usize = 264;
 
 /// Tokens that a general kernel stages in shared memory at a time.

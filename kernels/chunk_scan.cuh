@@ -510,7 +510,11 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
 #pragma unroll
             for (int j = 0; j < 4; j++) s[n][j] = identity && n * 8 + 2 * t + (j & 1) == column + (j >> 1) ? 1.0f : 0.0f;
     } else {
-        load_fragments<S / 8>(s, walk.begins ? state_at(p, p.state_in, h, seq.row_in) : carry_at<S>(a, walk.carry_in, h), column);
+        // A state in place: the last piece may have stored it before the first one loads it. So the transition of the first
+        // piece, a launch ahead, leaves a copy where a later slab's first state is.
+        const bool from_caller = walk.begins && (TRANSITION || a.pieces == 1);
+        load_fragments<S / 8>(s, from_caller ? state_at(p, p.state_in, h, seq.row_in) : carry_at<S>(a, walk.carry_in, h), column);
+        if (TRANSITION && walk.begins) store_fragments<S / 8>(s, carry_at<S>(a, walk.carry_in, h), column);
     }
 
     const auto one = [](int) { return make_float2(1, 1); };

@@ -513,7 +513,7 @@ impl Launches<'_> {
             // The first has to wait for all that came before the call. Launched ahead it would do so two blocks to a
             // multiprocessor, beside the caller's kernel: worse than late, unless its blocks are few. With one buffer any
             // other has to wait for the scan that reads it.
-            overlap: slab > 0 && self.buffers > 1 || self.few,
+            overlap: if slab > 0 { self.buffers > 1 } else { self.few },
             arguments: Arguments::Chunk(arguments),
         }
     }

@@ -594,6 +594,8 @@ mod tests {
     use crate::tensor::Tensor;
 
     const HOPPER: Abilities = Abilities { chunk: 64, shared: 232448, processors: 132, overlap: true, clusters: true };
+    /// A slice of such a device.
+    const SLICE: Abilities = Abilities { processors: 16, ..HOPPER };
     const ADA: Abilities = Abilities { chunk: 32, shared: 101376, processors: 128, overlap: false, clusters: false };
 
     struct Case {
@@ -748,9 +750,11 @@ mod tests {
             Case { t: 9000, snapshots: 5, ..CASE },
             Case { t: 64 * 16, hk: 1, hv: 1, ..CASE },
             Case { t: 4000, hk: 2, hv: 4, s: 64, b: 2, ..CASE },
+            Case { t: 9000, hk: 16, hv: 16, ..CASE },
+            Case { t: 1200, hk: 2, hv: 4, ..CASE },
         ];
         for case in &cases {
-            for device in [HOPPER, ADA] {
+            for device in [HOPPER, SLICE, ADA] {
                 let problem = case.problem();
                 let (chunked, all) = launches(&problem, &device);
                 let shape = Shape::of(&problem, device.chunk);

@@ -43,7 +43,8 @@ __device__ inline void cluster_sync() {
 }
 // To the same place in every block of `mask`, each of whose barriers counts the bytes.
 __device__ inline void bulk_multicast(uint32_t dst, const void *src, int bytes, uint32_t bar, uint16_t mask) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(dst),
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1], %2, [%3], %4;" ::"r"(dst),
                  "l"(src), "r"(bytes), "r"(bar), "h"(mask)
                  : "memory");
 }
@@ -270,11 +271,11 @@ __device__ inline void chunk_cluster(const dn_chunk_args &a) {
                            (const unsigned char *)a.th + ((int64_t)walk.slot * p.Hv + h) * L::TH, (int64_t)p.Hk * L::KQ,
                            (int64_t)p.Hv * L::TH);
         } else if (warp == M::WARPS + 1) {
-            help.values(p, (const char *)p.v.data + h * p.v.nb[1] + token * p.v.nb[2] + seq.b * p.v.nb[3] + column0 * p.v.nb[0],
-                        left);
+            const char *v = (const char *)p.v.data + h * p.v.nb[1] + token * p.v.nb[2] + seq.b * p.v.nb[3];
+            help.values(p, v + column0 * p.v.nb[0], left);
         } else {
-            help.outputs(p, (char *)p.out.data + h * p.out.nb[1] + token * p.out.nb[2] + seq.b * p.out.nb[3] + column0 * p.out.nb[0],
-                         left, warp - M::WARPS - 2);
+            char *out = (char *)p.out.data + h * p.out.nb[1] + token * p.out.nb[2] + seq.b * p.out.nb[3];
+            help.outputs(p, out + column0 * p.out.nb[0], left, warp - M::WARPS - 2);
         }
         __syncwarp();
         cluster_sync();

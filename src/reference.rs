@@ -15,6 +15,14 @@ pub struct Expected {
     snapshots: Vec<Vec<Option<f64>>>,
 }
 
+impl Expected {
+    /// The mean square of the outputs; 0 where there are none.
+    pub fn out_mean_square(&self) -> f64 {
+        let outputs = || self.out.iter().flatten();
+        outputs().map(|x| x * x).sum::<f64>() / outputs().count().max(1) as f64
+    }
+}
+
 /// How far a run is from the oracle: the squared error over the squared expectation, 0 for an absent tensor.
 #[derive(Clone, Copy, Debug)]
 pub struct Nmse {

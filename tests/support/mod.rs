@@ -221,6 +221,14 @@ pub struct Wish {
 }
 
 impl Case {
+    /// Bound on the NMSE of out. An f16 below 2^-14 is rounded to a multiple of 2^-24, however small it is, and a case may
+    /// have no other outputs.
+    pub fn out_bound(&self, expected: &deltanet::reference::Expected) -> f64 {
+        let square = expected.out_mean_square();
+        let tiny = self.params.out.dtype == Dtype::F16 as u32 && square > 0.0;
+        self.bound + if tiny { 2f64.powi(-50) / square } else { 0.0 }
+    }
+
     /// Draws a problem: every option of the operator, odd lengths, permuted strides, hard gates.
     pub fn draw(rng: &mut Rng, wish: Wish) -> Case {
         let s = wish.head_size.unwrap_or_else(|| rng.pick(&[16, 16, 32, 32, 48, 64, 64, 80, 128, 128, 256]));

@@ -33,6 +33,7 @@ struct PrepareSmem {
     LogDecay g[2][C];
     float beta[2][C];
     float vec[2][2 * C];
+    uint64_t arrived; // an mbarrier: rows of K and Q
 };
 
 // A block's bytes from shared to global memory: by the copy engine, or 16 at a time. After a barrier that follows the
@@ -129,16 +130,17 @@ __device__ inline void stage_row(const dn_problem &p, const uint4 (&raw)[S / 16]
     }
 }
 
-// The usual rows, f32 in fours: a row's four threads read 64 neighbouring bytes at a time.
+// The usual rows, f32 in fours: a row's four threads have 64 neighbouring bytes at a time. `turn` is 1 for rows that begin with
+// the second 64, where banks ask for it.
 template <int S>
-__device__ inline void load_row_f32(float4 (&x)[S / 16], const char *row, bool there) {
+__device__ inline void load_row_f32(float4 (&x)[S / 16], const char *row, int turn, bool there) {
     const int part = threadIdx.x & 3;
 #pragma unroll
     for (int i = 0; i < S / 16; i++)
-        x[i] = there ? *(const float4 *)(row + (i * 4 + part) * 16) : make_float4(0, 0, 0, 0);
+        x[i] = there ? *(const float4 *)(row + ((i ^ turn) * 4 + part) * 16) : make_float4(0, 0, 0, 0);
 }
 template <int S, int C, int PARTS>
-__device__ inline void stage_row_f32(const dn_problem &p, const float4 (&x)[S / 16], bool there,
+__device__ inline void stage_row_f32(const dn_problem &p, const float4 (&x)[S / 16], int turn, bool there,
                                      unsigned char (&smem)[PARTS][C * S * 2]) {
     using L = Tiles<S, C, PARTS>;
     const int row = threadIdx.x >> 2, part = threadIdx.x & 3;
@@ -155,11 +157,46 @@ __device__ inline void stage_row_f32(const dn_problem &p, const float4 (&x)[S / 
         uint32_t hi[2], lo[2];
         split_bf16(x[i].x * r, x[i].y * r, hi[0], lo[0]);
         split_bf16(x[i].z * r, x[i].w * r, hi[1], lo[1]);
-        const int at = L::kq_offset(row, (i * 4 + part) / 2 * 8) + part % 2 * 8;
+        const int at = (L::kq_offset(row, (i * 4 + part) / 2 * 8) ^ turn << 5) + part % 2 * 8;
         *(uint2 *)(smem[0] + at) = make_uint2(hi[0], hi[1]);
         if (PARTS == 2) *(uint2 *)(smem[PARTS - 1] + at) = make_uint2(lo[0], lo[1]);
     }
 }
+
+// The usual rows again, brought to shared memory as they are by the copy engine: few instructions before they are on their
+// way, and no registers. `arrived` is a barrier for that.
+template <int S, int C>
+struct RowCopies {
+#if DN_BULK_COPY
+    static constexpr bool USED = C == 64; // chunks of 32 have no room for them
+#else
+    static constexpr bool USED = false;
+#endif
+    __device__ static void begin(uint64_t *arrived) {
+#if DN_BULK_COPY
+        if (threadIdx.x == 0) mbarrier_init(smem_address(arrived), 1);
+        async_proxy_fence();
+        __syncthreads();
+#endif
+    }
+    // K, then Q. A warp's threads ask one after another, so every warp has a share.
+    __device__ static void fetch(unsigned char *to, uint64_t *arrived, const char *k, const char *q, int64_t k_nb, int64_t q_nb,
+                                 int tokens) {
+#if DN_BULK_COPY
+        constexpr int SHARE = 16; // of 2 C rows, for each of C / 8 warps
+        const uint32_t bar = smem_address(arrived);
+        const int lane = threadIdx.x & 31, at = (threadIdx.x >> 5) * SHARE + lane, row = at % C;
+        if (threadIdx.x == 0) mbarrier_expect(bar, 2 * tokens * S * 4);
+        if (lane < SHARE && row < tokens)
+            bulk_copy(smem_address(to) + at * S * 4, at < C ? k + row * k_nb : q + row * q_nb, S * 4, bar);
+#endif
+    }
+    __device__ static void wait(uint64_t *arrived) {
+#if DN_BULK_COPY
+        mbarrier_wait(smem_address(arrived), 0);
+#endif
+    }
+};
 
 // acc += a b for two n-tiles.
 __device__ inline void mma_pair(float (&acc)[2][4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
@@ -185,15 +222,16 @@ __device__ inline void transposed_operand(uint32_t (&hi)[4], uint32_t (&lo)[4], 
     }
 }
 
-// The slot's sequence and chunk; false when the slot is empty.
+// The block's sequence, chunk and slot; false when the slot is empty.
 template <int C>
-__device__ inline bool find_chunk(const dn_chunk_args &a, int slot, int &b, int &chunk) {
+__device__ inline bool find_chunk(const dn_chunk_args &a, int &b, int &chunk, int &slot) {
+    chunk = a.chunk0 + blockIdx.x;
+    slot = blockIdx.x;
+    b = a.seq0 + blockIdx.z;
     if (!a.p.cu_seqlens) {
-        b = a.seq0 + slot / a.nchunks;
-        chunk = a.chunk0 + slot % a.nchunks;
-        return chunk < chunks_of<C>(a, b);
+        slot += blockIdx.z * a.nchunks;
+        return true;
     }
-    chunk = a.chunk0 + slot;
     for (b = 0; b < a.p.B; b++) {
         const int n = chunks_of<C>(a, b);
         if (chunk < n) return true;
@@ -373,23 +411,31 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     extern __shared__ __align__(1024) unsigned char smem_raw[];
     Smem &sm = *reinterpret_cast<Smem *>(smem_raw);
     const dn_problem &p = a.p;
-    const int slot = blockIdx.x, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    if (a.waits) wait_for_previous();
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    using Copies = RowCopies<S, C>;
+    if (Copies::USED) Copies::begin(&sm.arrived);
+    if (a.waits == WAITS_FIRST) wait_for_previous();
     launch_next();
-    int b, chunk;
+    const bool first = (blockIdx.x | blockIdx.y | blockIdx.z) == 0;
+    int b, chunk, slot;
     dn_sequence seq;
-    if (!find_chunk<C>(a, slot, b, chunk) || !dn_sequence_of(p, b, seq)) {
-        if (blockIdx.x == 0 && blockIdx.y == 0) wait_for_previous();
+    if (!find_chunk<C>(a, b, chunk, slot) || !dn_sequence_of(p, b, seq)) {
+        if (first) wait_for_previous();
         return;
     }
     const int tokens = min(C, seq.len - a.tail - chunk * C);
     const int64_t token = (int64_t)seq.start + (int64_t)chunk * C;
+    const int kh = dn_quotient(blockIdx.y, a.pairs);
+    const char *const k0 = (const char *)p.k.data + kh * p.k.nb[1] + token * p.k.nb[2] + seq.bq * p.k.nb[3];
+    const char *const q0 = (const char *)p.q.data + kh * p.q.nb[1] + token * p.q.nb[2] + seq.bq * p.q.nb[3];
+    const bool vk = p.flags & DN_VEC_K, vq = p.flags & DN_VEC_Q;
+    const bool usual = vk && vq && p.dtype_k == DN_F32 && p.dtype_q == DN_F32;
+    if (Copies::USED && usual) Copies::fetch(smem_raw, &sm.arrived, k0, q0, p.k.nb[2], p.q.nb[2], tokens);
 
-    const int rep = p.Hv / p.Hk, pairs = (rep + 1) / 2;
-    const int kh = blockIdx.y / pairs, r0 = blockIdx.y % pairs * 2, pair = min(2, rep - r0);
+    const int rep = dn_quotient(p.Hv, p.Hk), r0 = (blockIdx.y - kh * a.pairs) * 2, pair = min(2, rep - r0);
     const auto head = [&](int i) { return p.head_map ? kh * rep + r0 + i : kh + p.Hk * (r0 + i); };
     typename X::Gates raw_gates;
-    if (warp < pair) { // first: they are waited for last
+    if (warp < pair) { // on their way now, waited for last
         const int h = head(warp);
         raw_gates.load(p, (const char *)p.g.data + h * p.g.nb[1] + token * p.g.nb[2] + seq.b * p.g.nb[3],
                        (const char *)p.beta.data + h * p.beta.nb[1] + token * p.beta.nb[2] + seq.b * p.beta.nb[3], tokens);
@@ -397,15 +443,20 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     { // Four threads to a row make 4 C threads. All loads go out before the first is waited for.
         const int row = threadIdx.x >> 2;
         const bool there = row < tokens;
-        const char *kb = (const char *)p.k.data + kh * p.k.nb[1] + (token + row) * p.k.nb[2] + seq.bq * p.k.nb[3];
-        const char *qb = (const char *)p.q.data + kh * p.q.nb[1] + (token + row) * p.q.nb[2] + seq.bq * p.q.nb[3];
-        const bool vk = p.flags & DN_VEC_K, vq = p.flags & DN_VEC_Q;
-        if (vk && vq && p.dtype_k == DN_F32 && p.dtype_q == DN_F32) {
+        const char *kb = k0 + row * p.k.nb[2], *qb = q0 + row * p.q.nb[2];
+        if (usual) {
             float4 k[S / 16], q[S / 16];
-            load_row_f32<S>(k, kb, there);
-            load_row_f32<S>(q, qb, there);
-            stage_row_f32<S, C, PARTS>(p, k, there, sm.image.k);
-            stage_row_f32<S, C, PARTS>(p, q, there, sm.image.q);
+            const int turn = Copies::USED ? row & 1 : 0;
+            if (Copies::USED) {
+                Copies::wait(&sm.arrived);
+                kb = (const char *)smem_raw + row * S * 4;
+                qb = kb + C * S * 4;
+            }
+            load_row_f32<S>(k, kb, turn, there);
+            load_row_f32<S>(q, qb, turn, there);
+            if (Copies::USED) __syncthreads(); // images are written in the place of rows
+            stage_row_f32<S, C, PARTS>(p, k, turn, there, sm.image.k);
+            stage_row_f32<S, C, PARTS>(p, q, turn, there, sm.image.q);
         } else {
             uint4 k[S / 16], q[S / 16];
             load_row<S, 4 * C>(k, p.k, kb, p.dtype_k, vk, there, smem_raw);
@@ -416,6 +467,7 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
         }
     }
     async_proxy_fence();
+    if (a.waits == WAITS_TO_STORE) wait_for_previous();
     __syncthreads();
     if (r0 == 0) {
         unsigned char *out = (unsigned char *)a.kq + ((int64_t)slot * p.Hk + kh) * L::KQ;
@@ -435,7 +487,7 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
         constexpr int PART = C * S * 2;
         const int a_row = tile * 16 + (lane & 15), a_col = (lane >> 4) * 8;
         const int b_row = (lane & 7) + ((lane >> 4) << 3), b_col = ((lane >> 3) & 1) * 8;
-#pragma unroll 1
+#pragma unroll 2
         for (int ks = 0; ks < S / 16; ks++) {
             uint32_t kh_[4], kl[4], qh[4], ql[4];
             const int at = L::kq_offset(a_row, ks * 16 + a_col);
@@ -496,5 +548,5 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     flush_commit();
     flush_wait_read(); // shared memory is given up at the end
     // The kernel after this one waits for this one alone, and must find the one before complete as well.
-    if (blockIdx.x == 0 && blockIdx.y == 0) wait_for_previous();
+    if (first) wait_for_previous();
 }

@@ -17,10 +17,15 @@ typedef struct {
     int32_t tail;                // tokens at the end of each sequence that are not this kernel's
     int32_t carry_in, carry_out; // slots of carry, one a sequence; with cu_seqlens, where a slab's end cuts one sequence at
                                  // most, one in all. Piece q > 0 of a slab has slot 1 + q.
-    int32_t waits;               // whether stage 1 waits for the kernel before it, the caller's: in a call's first launch
+    int32_t waits;               // when stage 1 waits for the kernel before it: WAITS_*
     int32_t pieces, per_piece;   // of this slab's chunks that are scanned side by side, and chunks of one; 1: in one go
+    int32_t pairs;               // of a key head's value heads, the last one maybe alone
 } dn_chunk_args;
-static_assert(sizeof(dn_chunk_args) == 592, "chunk args");
+static_assert(sizeof(dn_chunk_args) == 600, "chunk args");
+
+// A call's first launch waits before all else: the inputs are the kernel's before it. One that shares its buffer with the
+// scan before it waits before it stores.
+enum { WAITS_NOT = 0, WAITS_FIRST = 1, WAITS_TO_STORE = 2 };
 
 // C: tokens of a chunk; PARTS: 2 for high and low parts, 1 for high parts alone.
 template <int S, int C, int PARTS>

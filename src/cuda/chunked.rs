@@ -3,7 +3,8 @@
 //!
 //! A prompt runs as pairs of launches, one pair a slab of chunks: `prepare` (P) writes what does not depend on the state
 //! to the workspace, `scan` (S) walks over it with the state. The order is P0 S0 P1 S1 P2 S2 ..., and a device that can
-//! overlap launches runs each P beside the S before it, hence two buffers. On Hopper the blocks of a scan that all fit on the
+//! overlap launches runs each P beside the S before it, hence two buffers. (With one, P's blocks may come early too, but wait
+//! with their stores.) On Hopper the blocks of a scan that all fit on the
 //! device at once are small and in clusters (kernels/chunk_cluster.cuh). Few heads are few blocks: then a slab is cut into
 //! pieces that are scanned side by side, and X and J before each S find out what states the pieces start from
 //! (kernels/chunk_join.cuh).
@@ -67,8 +68,14 @@ pub(crate) struct ChunkArgs {
     waits: i32,
     pieces: i32,
     per_piece: i32,
+    pairs: i32,
 }
-const _: () = assert!(size_of::<ChunkArgs>() == 592);
+const _: () = assert!(size_of::<ChunkArgs>() == 600);
+
+/// `ChunkArgs::waits`, as in kernels/chunk_tiles.cuh.
+const WAITS_NOT: i32 = 0;
+const WAITS_FIRST: i32 = 1;
+const WAITS_TO_STORE: i32 = 2;
 
 /// Kernels of a configuration: prepare, scans by where v and out lie, transitions by where v lies.
 const KINDS: usize = 6;
@@ -194,9 +201,13 @@ impl Shape {
         problem.key_heads() * self.kq() + problem.value_heads() * self.th()
     }
 
+    /// Pairs of value heads of a key head.
+    fn pairs(&self, problem: &Problem) -> usize {
+        (problem.value_heads() / problem.key_heads()).div_ceil(2)
+    }
     /// Blocks of `prepare` for a chunk of one sequence.
     fn prepare_blocks(&self, problem: &Problem) -> usize {
-        problem.key_heads() * (problem.value_heads() / problem.key_heads()).div_ceil(2)
+        problem.key_heads() * self.pairs(problem)
     }
 
     /// Chunks of one sequence that so many multiprocessors prepare at a time.
@@ -207,7 +218,7 @@ impl Shape {
     /// Shared memory of `prepare`.
     fn prepare_shared(&self) -> usize {
         let solve = 2 * 2 * self.triangle() + 2 * self.chunk * (self.chunk + 4) * 4 + 2 * self.chunk * 24 * 4;
-        self.kq().max(solve) + 2 * self.chunk * (8 + 4) + 2 * self.vectors()
+        self.kq().max(solve) + 2 * self.chunk * (8 + 4) + 2 * self.vectors() + 8
     }
     /// Shared memory of the tiles of two chunks.
     fn stages(&self) -> usize {
@@ -429,6 +440,7 @@ impl Chunked {
                 waits: 0,
                 pieces: 1,
                 per_piece: 0,
+                pairs: shape.pairs(problem) as i32,
             },
             next: 0,
         }
@@ -476,8 +488,8 @@ pub(crate) struct Launches<'a> {
 }
 
 impl Launches<'_> {
-    /// The arguments of a slab, and its chunks.
-    fn slab(&self, slab: usize) -> (ChunkArgs, usize) {
+    /// The arguments of a slab.
+    fn slab(&self, slab: usize) -> ChunkArgs {
         let (group, part) = (slab / self.slabs_of_group, slab % self.slabs_of_group);
         let (seq0, chunk0) = (group * self.group, part * self.per_slab);
         let nseq = if self.ragged { self.problem.sequences() } else { self.group.min(self.problem.sequences() - seq0) };
@@ -486,7 +498,7 @@ impl Launches<'_> {
         let two = self.ragged || self.pieces > 1;
         let per_piece =
             if self.pieces > 1 && nchunks >= CUT { nchunks.div_ceil(self.pieces).max(PIECE) } else { nchunks };
-        let arguments = ChunkArgs {
+        ChunkArgs {
             kq: self.kq.wrapping_byte_add(first * self.problem.key_heads() * self.shape.kq()),
             th: self.th.wrapping_byte_add(first * self.problem.value_heads() * self.shape.th()),
             seq0: seq0 as i32,
@@ -495,25 +507,28 @@ impl Launches<'_> {
             nchunks: nchunks as i32,
             carry_in: if two { slab % 2 } else { 0 } as i32,
             carry_out: if two { (slab + 1) % 2 } else { 0 } as i32,
-            waits: i32::from(slab == 0),
+            waits: match (slab, self.buffers) {
+                (0, _) => WAITS_FIRST,
+                (_, 1) => WAITS_TO_STORE,
+                _ => WAITS_NOT,
+            },
             pieces: nchunks.div_ceil(per_piece) as i32,
             per_piece: per_piece as i32,
             ..self.arguments
-        };
-        (arguments, if self.ragged { nchunks } else { nchunks * nseq })
+        }
     }
 
     fn launch_prepare(&self, slab: usize) -> Launch {
-        let (arguments, slots) = self.slab(slab);
+        let arguments = self.slab(slab);
+        let sequences = if self.ragged { 1 } else { arguments.nseq };
         Launch {
             function: self.prepare,
-            grid: [slots as u32, self.shape.prepare_blocks(self.problem) as u32, 1],
+            grid: [arguments.nchunks as u32, self.shape.prepare_blocks(self.problem) as u32, sequences as u32],
             threads: 4 * self.shape.chunk as u32,
             shared: self.shape.prepare_shared() as u32,
             // The first has to wait for all that came before the call. Launched ahead it would do so two blocks to a
-            // multiprocessor, beside the caller's kernel: worse than late, unless its blocks are few. With one buffer any
-            // other has to wait for the scan that reads it.
-            overlap: if slab > 0 { self.buffers > 1 } else { self.few },
+            // multiprocessor, beside the caller's kernel: worse than late, unless its blocks are few.
+            overlap: slab > 0 || self.few,
             arguments: Arguments::Chunk(arguments),
         }
     }
@@ -531,7 +546,7 @@ impl Launches<'_> {
     }
 
     fn launch_scan(&self, slab: usize) -> Launch {
-        let (arguments, _) = self.slab(slab);
+        let arguments = self.slab(slab);
         let launch = self.launch_blocks(self.scan, self.problem.head_size(), arguments.pieces, arguments);
         if !self.clusters {
             return launch;
@@ -545,12 +560,12 @@ impl Launches<'_> {
     }
 
     fn launch_transition(&self, slab: usize) -> Launch {
-        let (arguments, _) = self.slab(slab);
+        let arguments = self.slab(slab);
         self.launch_blocks(self.transition, 2 * self.problem.head_size(), arguments.pieces - 1, arguments)
     }
 
     fn launch_join(&self, slab: usize) -> Launch {
-        let (arguments, _) = self.slab(slab);
+        let arguments = self.slab(slab);
         let s = self.problem.head_size();
         Launch {
             function: self.join,
@@ -573,7 +588,7 @@ impl Iterator for Launches<'_> {
             if slab >= self.slabs {
                 return None;
             }
-            let pieces = self.slab(slab).0.pieces;
+            let pieces = self.slab(slab).pieces;
             match phase {
                 0 => return Some(self.launch_prepare(slab)),
                 1 if pieces > 1 => return Some(self.launch_transition(slab)),
@@ -689,14 +704,14 @@ mod tests {
             let shape = Shape { head_size, chunk, parts };
             (shape.prepare_shared(), shape.scan_shared(), shape.kq(), shape.th())
         };
-        assert_eq!(sizes(128, 64, 2), (115200, 231456, 65536, 33280));
-        assert_eq!(sizes(128, 64, 1), (82432, 133152, 32768, 16896));
-        assert_eq!(sizes(64, 64, 2), (115200, 165920, 32768, 33280));
-        assert_eq!(sizes(64, 64, 1), (82432, 100384, 16384, 16896));
-        assert_eq!(sizes(128, 32, 2), (34048, 100384, 32768, 8448));
-        assert_eq!(sizes(128, 32, 1), (24832, 59424, 16384, 4352));
-        assert_eq!(sizes(64, 32, 2), (33024, 67616, 16384, 8448));
-        assert_eq!(sizes(64, 32, 1), (24832, 43040, 8192, 4352));
+        assert_eq!(sizes(128, 64, 2), (115208, 231456, 65536, 33280));
+        assert_eq!(sizes(128, 64, 1), (82440, 133152, 32768, 16896));
+        assert_eq!(sizes(64, 64, 2), (115208, 165920, 32768, 33280));
+        assert_eq!(sizes(64, 64, 1), (82440, 100384, 16384, 16896));
+        assert_eq!(sizes(128, 32, 2), (34056, 100384, 32768, 8448));
+        assert_eq!(sizes(128, 32, 1), (24840, 59424, 16384, 4352));
+        assert_eq!(sizes(64, 32, 2), (33032, 67616, 16384, 8448));
+        assert_eq!(sizes(64, 32, 1), (24840, 43040, 8192, 4352));
         let cluster = |head_size, parts| Shape { head_size, chunk: 64, parts }.cluster_shared();
         assert_eq!(
             [cluster(128, 2), cluster(128, 1), cluster(64, 2), cluster(64, 1)],
@@ -787,9 +802,10 @@ mod tests {
                     assert!(launch.grid[1] <= 65535 && launch.grid[2] <= 65535);
                     if kind(launch) == 0 {
                         prepared.push(key);
-                        assert_eq!(launch.grid[0], (a.nchunks * a.nseq) as u32);
-                        // The two launches ahead may still be running, if it may start before they are done.
-                        for other in &all[if launch.overlap { at.saturating_sub(2) } else { at }..at] {
+                        assert_eq!((launch.grid[0], launch.grid[2]), (a.nchunks as u32, a.nseq as u32));
+                        // The two launches ahead may still be running when it stores, unless it waits for them.
+                        let waits = !launch.overlap || a.waits == WAITS_TO_STORE;
+                        for other in &all[if waits { at } else { at.saturating_sub(2) }..at] {
                             let (mine, theirs) = (range(launch), range(other));
                             assert!(mine.1 <= theirs.0 || theirs.1 <= mine.0, "a prepare writes to what is read");
                         }
@@ -802,7 +818,10 @@ mod tests {
                     }
                 }
                 assert!(next.iter().all(|n| *n as usize == chunks));
-                assert!(all.iter().all(|launch| launch.overlap || kind(launch) == 0) && arguments(&all[0]).waits == 1);
+                assert!(
+                    all.iter().all(|launch| launch.overlap || kind(launch) == 0)
+                        && arguments(&all[0]).waits == WAITS_FIRST
+                );
             }
         }
     }

@@ -24,7 +24,7 @@ struct ClusterSmem {
     // Byte of a row of V or O. The four pairs of rows that a warp's lanes have in their hands lie in banks of their own.
     __device__ static int row_offset(int row, int byte) { return row * ROW + (byte ^ (((row >> 1) & 3) << 5)); }
 };
-// What has an mbarrier for being there: K and Q of both stages; T, P and the decay vectors; V. EMPTY bytes on the tiles have
+// What has an mbarrier for being there: K and Q of both stages; T and P; V and the decay vectors. EMPTY bytes on the tiles have
 // one for being read, in all blocks of the cluster.
 enum ClusterPlace { PLACE_KQ = 0, PLACE_TH = 2, PLACE_V = 4, PLACES = 6 };
 // Barriers between warps of a block: V of both stages is read; O is there; O is read.
@@ -104,12 +104,12 @@ template <int NT>
 __device__ inline void cluster_load(float (&s)[NT][2], const StateAt &m, int column) {
     if (in_pairs(m)) {
         cluster_each<NT>(m, column, [&](int n, const char *at) {
-            const float2 x = *(const float2 *)at;
+            const float2 x = __ldcg((const float2 *)at); // L1 may be older than the state
             s[n][0] = x.x, s[n][1] = x.y;
         });
     } else {
         cluster_each<NT>(m, column, [&](int n, const char *at) {
-            s[n][0] = *(const float *)at, s[n][1] = *(const float *)(at + m.key_nb);
+            s[n][0] = __ldcg((const float *)at), s[n][1] = __ldcg((const float *)(at + m.key_nb));
         });
     }
 }
@@ -165,26 +165,33 @@ struct ClusterHelp {
         for (int c = 0; c < count; c++) {
             const int stage = c & 1;
             fetch(PLACE_KQ + stage, c >> 1, stage * M::STAGE, kq, L::KQ);
-            fetch(PLACE_TH + stage, c >> 1, stage * M::STAGE + M::T, th, L::TH);
+            fetch(PLACE_TH + stage, c >> 1, stage * M::STAGE + M::T, th, 2 * L::T);
             kq += kq_step;
             th += th_step;
         }
     }
 
-    // Rows of V, from `src` on, this block's first column; zeros past the end. A warp.
-    __device__ void values(const dn_problem &p, const char *src, int left) const {
+    // Rows of V, from `src` on, this block's first column, zeros past the end; and decay vectors. A warp. (The vectors are not
+    // among the tiles because threads read them: racecheck takes a thread's read of what the copy engine wrote for a race.)
+    __device__ void values(const dn_problem &p, const char *src, int left, const unsigned char *vectors, int64_t step) const {
+        static_assert(L::VEC == 32 * 16, "sixteen bytes a lane");
         const int lane = threadIdx.x & 31, part = lane & 7;
         const int64_t token = p.v.nb[2];
+        const uint64_t once = evict_first();
         src += (lane >> 3) * token + part * 4 * p.v.nb[0];
 #pragma unroll 1
         for (int c = 0; c < count; c++, left -= C) {
             const int stage = c & 1;
             if (c > 1) barrier_wait(BARRIER_V + stage, M::WARPS + 1);
+            const int vector = stage * M::STAGE + M::VEC + lane * 16;
+            if (IO == IO_F32) cp_async<16>(at + vector, vectors + lane * 16);
+            else *(uint4 *)(smem + vector) = __ldcg((const uint4 *)(vectors + lane * 16));
+            vectors += step;
 #pragma unroll 4
             for (int i = 0; i < C / 4; i++, src += 4 * token) {
                 const int row = i * 4 + (lane >> 3), to = M::V + M::row_offset(stage * C + row, part * 16);
                 if (IO == IO_F32) {
-                    cp_async_or_zero<16>(at + to, src, row < left);
+                    cp_async_once(at + to, src, row < left, once);
                 } else {
                     *(float4 *)(smem + to) =
                         row < left ? dn_load4(p.v, src, 0, p.dtype_v, p.flags & DN_VEC_V) : make_float4(0, 0, 0, 0);
@@ -203,26 +210,35 @@ struct ClusterHelp {
 #pragma unroll 1
         for (int c = 0; c < count; c++, left -= C) {
             barrier_wait(BARRIER_O, M::WARPS + 2);
-#pragma unroll 4
+            float4 rows[C / 8];
+#pragma unroll
+            for (int i = 0; i < C / 8; i++)
+                rows[i] = *(const float4 *)(smem + M::O + M::row_offset(i * 8 + row0, part * 16));
+            if (c + 1 < count) barrier_arrive(BARRIER_O_READ, M::WARPS + 2);
+#pragma unroll
             for (int i = 0; i < C / 8; i++, out += 8 * token) {
-                const int row = i * 8 + row0;
-                float4 x = *(const float4 *)(smem + M::O + M::row_offset(row, part * 16));
+                float4 x = rows[i];
                 x.x *= p.scale, x.y *= p.scale, x.z *= p.scale, x.w *= p.scale;
-                if (row >= left) continue;
+                if (i * 8 + row0 >= left) continue;
                 if (IO == IO_F32) {
-                    *(float4 *)out = x;
-                } else if (p.dtype_out != DN_F32 && (p.flags & DN_VEC_OUT)) {
-                    const bool bf16 = p.dtype_out == DN_BF16;
-                    *(uint2 *)out = make_uint2(bf16 ? pack_bf16(x.x, x.y) : pack_f16(x.x, x.y),
-                                               bf16 ? pack_bf16(x.z, x.w) : pack_f16(x.z, x.w));
+                    store_once((float4 *)out, x);
+                } else if (p.dtype_out == DN_F32) {
+                    const float each[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+                    for (int j = 0; j < 4; j++) *(float *)(out + j * p.out.nb[0]) = each[j];
                 } else {
-                    dn_store(out, p.dtype_out, x.x);
-                    dn_store(out + p.out.nb[0], p.dtype_out, x.y);
-                    dn_store(out + 2 * p.out.nb[0], p.dtype_out, x.z);
-                    dn_store(out + 3 * p.out.nb[0], p.dtype_out, x.w);
+                    const bool bf16 = p.dtype_out == DN_BF16;
+                    const uint2 pairs = make_uint2(bf16 ? pack_bf16(x.x, x.y) : pack_f16(x.x, x.y),
+                                                   bf16 ? pack_bf16(x.z, x.w) : pack_f16(x.z, x.w));
+                    if (p.flags & DN_VEC_OUT) {
+                        *(uint2 *)out = pairs;
+                        continue;
+                    }
+#pragma unroll
+                    for (int j = 0; j < 4; j++)
+                        *(uint16_t *)(out + j * p.out.nb[0]) = (uint16_t)((j < 2 ? pairs.x : pairs.y) >> j % 2 * 16);
                 }
             }
-            if (c + 1 < count) barrier_arrive(BARRIER_O_READ, M::WARPS + 2);
         }
     }
 };
@@ -253,7 +269,9 @@ __device__ inline void chunk_cluster(const dn_chunk_args &a) {
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     cluster_sync();
-    wait_for_previous();
+    // The first slab's stage 1 has waited for the caller's kernel before it let this one start: states may be read at once.
+    const bool early = a.waits == WAITS_FIRST && warp < M::WARPS;
+    if (!early) wait_for_previous();
     launch_next();
     dn_sequence seq;
     if (!dn_sequence_of(p, a.seq0 + place.sequence, seq)) return;
@@ -265,14 +283,15 @@ __device__ inline void chunk_cluster(const dn_chunk_args &a) {
         const ClusterHelp<S, PARTS, IO> help{smem_raw, smem, count};
         const int left = seq.len - a.tail - walk.first * C;
         const int64_t token = (int64_t)seq.start + (int64_t)walk.first * C;
+        const unsigned char *const th = (const unsigned char *)a.th + ((int64_t)walk.slot * p.Hv + h) * L::TH;
+        const int64_t th_step = (int64_t)p.Hv * L::TH;
         if (warp == M::WARPS) {
             if (lane == 0)
-                help.tiles((const unsigned char *)a.kq + ((int64_t)walk.slot * p.Hk + kh) * L::KQ,
-                           (const unsigned char *)a.th + ((int64_t)walk.slot * p.Hv + h) * L::TH, (int64_t)p.Hk * L::KQ,
-                           (int64_t)p.Hv * L::TH);
+                help.tiles((const unsigned char *)a.kq + ((int64_t)walk.slot * p.Hk + kh) * L::KQ, th, (int64_t)p.Hk * L::KQ,
+                           th_step);
         } else if (warp == M::WARPS + 1) {
             const char *v = (const char *)p.v.data + h * p.v.nb[1] + token * p.v.nb[2] + seq.b * p.v.nb[3];
-            help.values(p, v + column0 * p.v.nb[0], left);
+            help.values(p, v + column0 * p.v.nb[0], left, th + 2 * L::T, th_step);
         } else {
             char *out = (char *)p.out.data + h * p.out.nb[1] + token * p.out.nb[2] + seq.b * p.out.nb[3];
             help.outputs(p, out + column0 * p.out.nb[0], left, warp - M::WARPS - 2);
@@ -284,6 +303,7 @@ __device__ inline void chunk_cluster(const dn_chunk_args &a) {
 
     float s[S / 8][2];
     cluster_load<S / 8>(s, walk.begins ? state_at(p, p.state_in, h, seq.row_in) : carry_at<S>(a, walk.carry_in, h), column);
+    if (early) wait_for_previous();
     uint32_t state[S / 16][4];
 #pragma unroll
     for (int n = 0; n < S / 8; n++) cluster_operand(state[n / 2], n, s[n][0], s[n][1]);
@@ -313,12 +333,11 @@ __device__ inline void chunk_cluster(const dn_chunk_args &a) {
         wgmma_commit();
         cluster_rows<S, PARTS, 0, FIRST>(o, state, q);
         wgmma_commit();
-        mbarrier_wait(full(PLACE_TH + stage), phase);
         float2 gamma[8];
-        decays(gamma, 0);
-        const float decay = __shfl_sync(~0u, gamma[7].y, 3); // of the whole chunk
         float v[8][2];
         mbarrier_wait(full(PLACE_V + stage), phase);
+        decays(gamma, 0);
+        const float decay = __shfl_sync(~0u, gamma[7].y, 3); // of the whole chunk
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -332,14 +351,15 @@ __device__ inline void chunk_cluster(const dn_chunk_args &a) {
             cluster_operand(r[n / 2], n, fmaf(-gamma[n].x, acc[n][0] + acc[n][2], v[n][0]),
                             fmaf(-gamma[n].y, acc[n][1] + acc[n][3], v[n][1]));
         float u[8][4];
+        mbarrier_wait(full(PLACE_TH + stage), phase);
         wgmma_fence();
         cluster_triangle<S, PARTS, true>(u, r, k + M::T);
         wgmma_commit();
         if constexpr (FIRST < S / 16) cluster_rows<S, PARTS, FIRST, S / 16>(o, state, q);
         wgmma_commit();
-        if (c + 2 < count) barrier_arrive(BARRIER_V + stage, M::WARPS + 1);
         float2 later[8]; // gamma of the chunk over that of a token
         decays(later, 1);
+        if (c + 2 < count) barrier_arrive(BARRIER_V + stage, M::WARPS + 1);
         wgmma_wait<1>();
         wgmma_touch(u);
 

@@ -59,6 +59,9 @@ __device__ inline float4 dn_unpack4(uint2 r, int dtype) {
                        __uint_as_float(r.y & 0xffff0000u));
 }
 
+// What nobody reads again soon makes room in L2 first.
+__device__ inline void store_once(float4 *p, float4 x) { __stcs(p, x); }
+
 // Four neighbouring channels. vec: the tensor has its DN_VEC_* bit; otherwise the stride may be anything.
 __device__ inline float4 dn_load4(const dn_view &v, const char *row, int channel, int dtype, bool vec) {
     if (vec) {

@@ -19,9 +19,7 @@ fn check(case: &mut Case, isa: Isa, rng: &mut Rng) {
     unsafe { cpu::run(&problem, &plan, threads) }.expect("a valid problem runs");
     // SAFETY: as above.
     let nmse = unsafe { reference::compare(&problem, &expected) };
-    let bound = case.bound;
-    let (out, state) = (case.out_bound(&expected), if bound > 1e-9 { 1e-9 } else { bound });
-    assert!(nmse.out <= out && nmse.state <= state, "{nmse:?}, bound {out:e}, {}: {}", isa.name(), case.words);
+    case.assert_near(&nmse, &expected, isa.name());
     case.assert_intact(&before);
     let pooled = case.memory();
 

@@ -93,37 +93,6 @@ __device__ inline void cluster_operand(uint32_t (&a)[4], int n, float x0, float 
     split_bf16(x0, x1, a[(n & 1) * 2], a[(n & 1) * 2 + 1]);
 }
 
-// f(n, address) for keys 8 n + 2 t and the next one of a state's column.
-template <int NT, class F>
-__device__ inline void cluster_each(const StateAt &m, int column, F f) {
-    char *at = m.base + column * m.column_nb + (threadIdx.x & 3) * 2 * m.key_nb;
-#pragma unroll
-    for (int n = 0; n < NT; n++) f(n, at + n * 8 * m.key_nb);
-}
-template <int NT>
-__device__ inline void cluster_load(float (&s)[NT][2], const StateAt &m, int column) {
-    if (in_pairs(m)) {
-        cluster_each<NT>(m, column, [&](int n, const char *at) {
-            const float2 x = __ldcg((const float2 *)at); // L1 may be older than the state
-            s[n][0] = x.x, s[n][1] = x.y;
-        });
-    } else {
-        cluster_each<NT>(m, column, [&](int n, const char *at) {
-            s[n][0] = __ldcg((const float *)at), s[n][1] = __ldcg((const float *)(at + m.key_nb));
-        });
-    }
-}
-template <int NT>
-__device__ inline void cluster_save(const float (&s)[NT][2], const StateAt &m, int column) {
-    if (in_pairs(m)) {
-        cluster_each<NT>(m, column, [&](int n, char *at) { *(float2 *)at = make_float2(s[n][0], s[n][1]); });
-    } else {
-        cluster_each<NT>(m, column, [&](int n, char *at) {
-            *(float *)at = s[n][0], *(float *)(at + m.key_nb) = s[n][1];
-        });
-    }
-}
-
 __device__ inline void mbarrier_arrive(uint32_t bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
@@ -302,7 +271,7 @@ __device__ inline void chunk_cluster(const dn_chunk_args &a) {
     }
 
     float s[S / 8][2];
-    cluster_load<S / 8>(s, walk.begins ? state_at(p, p.state_in, h, seq.row_in) : carry_at<S>(a, walk.carry_in, h), column);
+    load_fragments<true>(s, walk.begins ? state_at(p, p.state_in, h, seq.row_in) : carry_at<S>(a, walk.carry_in, h), column);
     if (early) wait_for_previous();
     uint32_t state[S / 16][4];
 #pragma unroll
@@ -423,7 +392,7 @@ __device__ inline void chunk_cluster(const dn_chunk_args &a) {
         barrier_arrive(BARRIER_O, M::WARPS + 2);
     }
     scan_end<S, C, M::COLS, false>(a, false, [&](const StateAt &at, int first) {
-        cluster_save<S / 8>(s, at, first + warp * 8 + g);
+        store_fragments(s, at, first + warp * 8 + g);
     });
     cluster_sync(); // a block's memory lives as long as another one writes to it
 }

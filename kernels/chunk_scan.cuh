@@ -295,38 +295,40 @@ struct StateAt {
     char *base;
     int64_t key_nb, column_nb;
 };
-// f(n, j, address) for neighbouring keys j and j + 1 of fragment n.
-template <int NT, class F>
+// f(n, j, address) for neighbouring keys j and j + 1 of fragment n, of a column (W = 2) or of two neighbouring ones (W = 4).
+template <int NT, int W, class F>
 __device__ inline void each_pair(const StateAt &m, int column, F f) {
     char *at = m.base + column * m.column_nb + (threadIdx.x & 3) * 2 * m.key_nb;
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
-        for (int j = 0; j < 4; j += 2) f(n, j, at + n * 8 * m.key_nb + (j >> 1) * m.column_nb);
+        for (int j = 0; j < W; j += 2) f(n, j, at + n * 8 * m.key_nb + (j >> 1) * m.column_nb);
 }
 // Whether keys are neighbours, and pairs of them aligned.
 __device__ inline bool in_pairs(const StateAt &m) {
     return m.key_nb == 4 && (((uintptr_t)m.base | (uintptr_t)m.column_nb) & 7) == 0;
 }
-template <int NT>
-__device__ inline void load_fragments(float (&s)[NT][4], const StateAt &m, int column) {
+// EARLY: before the wait for the kernel ahead, when what L1 has may be older than the state; so from L2.
+template <bool EARLY, int NT, int W>
+__device__ inline void load_fragments(float (&s)[NT][W], const StateAt &m, int column) {
+    const auto load = [](auto *at) { return EARLY ? __ldcg(at) : *at; };
     if (in_pairs(m)) {
-        each_pair<NT>(m, column, [&](int n, int j, const char *at) {
-            const float2 x = *(const float2 *)at;
+        each_pair<NT, W>(m, column, [&](int n, int j, const char *at) {
+            const float2 x = load((const float2 *)at);
             s[n][j] = x.x, s[n][j + 1] = x.y;
         });
     } else {
-        each_pair<NT>(m, column, [&](int n, int j, const char *at) {
-            s[n][j] = *(const float *)at, s[n][j + 1] = *(const float *)(at + m.key_nb);
+        each_pair<NT, W>(m, column, [&](int n, int j, const char *at) {
+            s[n][j] = load((const float *)at), s[n][j + 1] = load((const float *)(at + m.key_nb));
         });
     }
 }
-template <int NT>
-__device__ inline void store_fragments(const float (&s)[NT][4], const StateAt &m, int column) {
+template <int NT, int W>
+__device__ inline void store_fragments(const float (&s)[NT][W], const StateAt &m, int column) {
     if (in_pairs(m)) {
-        each_pair<NT>(m, column, [&](int n, int j, char *at) { *(float2 *)at = make_float2(s[n][j], s[n][j + 1]); });
+        each_pair<NT, W>(m, column, [&](int n, int j, char *at) { *(float2 *)at = make_float2(s[n][j], s[n][j + 1]); });
     } else {
-        each_pair<NT>(m, column, [&](int n, int j, char *at) {
+        each_pair<NT, W>(m, column, [&](int n, int j, char *at) {
             *(float *)at = s[n][j], *(float *)(at + m.key_nb) = s[n][j + 1];
         });
     }
@@ -513,8 +515,8 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
         // A state in place: the last piece may have stored it before the first one loads it. So the transition of the first
         // piece, a launch ahead, leaves a copy where a later slab's first state is.
         const bool from_caller = walk.begins && (TRANSITION || a.pieces == 1);
-        load_fragments<S / 8>(s, from_caller ? state_at(p, p.state_in, h, seq.row_in) : carry_at<S>(a, walk.carry_in, h), column);
-        if (TRANSITION && walk.begins) store_fragments<S / 8>(s, carry_at<S>(a, walk.carry_in, h), column);
+        load_fragments<false>(s, from_caller ? state_at(p, p.state_in, h, seq.row_in) : carry_at<S>(a, walk.carry_in, h), column);
+        if (TRANSITION && walk.begins) store_fragments(s, carry_at<S>(a, walk.carry_in, h), column);
     }
 
     const auto one = [](int) { return make_float2(1, 1); };
@@ -626,6 +628,6 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
     if (LATER && !TRANSITION && count > 0) store_output<C, IO>(p, out, done, x.tokens - (count - 1) * C);
     cp_async_wait<0>();
     scan_end<S, C, M::COLS, TRANSITION>(a, identity, [&](const StateAt &at, int first) {
-        store_fragments<S / 8>(s, at, first + (threadIdx.x >> 5) * 16 + 2 * ((threadIdx.x & 31) >> 2));
+        store_fragments(s, at, first + (threadIdx.x >> 5) * 16 + 2 * ((threadIdx.x & 31) >> 2));
     });
 }

@@ -196,9 +196,7 @@ struct ClusterHelp {
 #pragma unroll
                     for (int j = 0; j < 4; j++) *(float *)(out + j * p.out.nb[0]) = each[j];
                 } else {
-                    const bool bf16 = p.dtype_out == DN_BF16;
-                    const uint2 pairs = make_uint2(bf16 ? pack_bf16(x.x, x.y) : pack_f16(x.x, x.y),
-                                                   bf16 ? pack_bf16(x.z, x.w) : pack_f16(x.z, x.w));
+                    const uint2 pairs = make_uint2(pack_16(x.x, x.y, p.dtype_out), pack_16(x.z, x.w, p.dtype_out));
                     if (p.flags & DN_VEC_OUT) {
                         *(uint2 *)out = pairs;
                         continue;

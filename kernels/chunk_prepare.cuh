@@ -226,12 +226,12 @@ __device__ inline void transposed_operand(uint32_t (&hi)[4], uint32_t (&lo)[4], 
 template <int C>
 __device__ inline bool find_chunk(const dn_chunk_args &a, int &b, int &chunk, int &slot) {
     chunk = a.chunk0 + blockIdx.x;
-    slot = blockIdx.x;
-    b = a.seq0 + blockIdx.z;
     if (!a.p.cu_seqlens) {
-        slot += blockIdx.z * a.nchunks;
+        b = a.seq0 + blockIdx.z;
+        slot = blockIdx.z * a.nchunks + blockIdx.x;
         return true;
     }
+    slot = blockIdx.x;
     for (b = 0; b < a.p.B; b++) {
         const int n = chunks_of<C>(a, b);
         if (chunk < n) return true;

@@ -362,7 +362,7 @@ __device__ inline void store_output(const dn_problem &p, char *out, const float 
                 if (IO == IO_F32) {
                     *(float2 *)out = make_float2(x, y);
                 } else if (IO == IO_16) {
-                    *(uint32_t *)out = p.dtype_out == DN_BF16 ? pack_bf16(x, y) : pack_f16(x, y);
+                    *(uint32_t *)out = pack_16(x, y, p.dtype_out);
                 } else {
                     dn_store(out, p.dtype_out, x);
                     dn_store(out + p.out.nb[0], p.dtype_out, y);

@@ -36,6 +36,11 @@ __device__ inline uint32_t pack_f16(float x0, float x1) {
     return r;
 }
 
+// The same to a 16-bit dtype.
+__device__ inline uint32_t pack_16(float x0, float x1, int dtype) {
+    return dtype == DN_BF16 ? pack_bf16(x0, x1) : pack_f16(x0, x1);
+}
+
 // x = hi + lo up to 2^-17 relative: what three bf16 products (hi hi, hi lo, lo hi) need for 16-bit accuracy.
 __device__ inline void split_bf16(float x0, float x1, uint32_t &hi, uint32_t &lo) {
     hi = pack_bf16(x0, x1);
@@ -92,12 +97,13 @@ __device__ inline void cp_async_or_zero(uint32_t dst, const void *src, bool ther
     else
         asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(dst), "l"(src), "r"(n), "n"(BYTES) : "memory");
 }
-// The same for what is read once: it makes room in L2 first.
+// For what is read once: it makes room in L2 first.
 __device__ inline uint64_t evict_first() {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
+// Sixteen bytes or zeros, with such a policy.
 __device__ inline void cp_async_once(uint32_t dst, const void *src, bool there, uint64_t policy) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(dst), "l"(src), "r"(there ? 16 : 0),
                  "l"(policy)

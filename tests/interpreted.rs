@@ -41,7 +41,7 @@ fn check(tokens: &[usize], layout: StateLayout, chunked: bool) {
         }
         // SAFETY: as above.
         let nmse = unsafe { reference::compare(&problem, &expected) };
-        case.assert_near(&nmse, &expected, "scalar");
+        case.assert_near(&nmse, &expected, case.bound.min(1e-9), "scalar");
         case.assert_intact(&before);
         if chunked {
             continue;

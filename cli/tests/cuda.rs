@@ -45,8 +45,7 @@ fn expect(case: &Case, expected: &reference::Expected, before: &[Vec<u8>], how: 
         (false, true) | (true, false) => 1e-9,
         (true, true) => 1e-7,
     };
-    let out = case.out_bound(expected).max(state);
-    assert!(nmse.out <= out && nmse.state <= state, "{nmse:?}, bounds {out:e} {state:e}, {how}: {}", case.words);
+    case.assert_near(&nmse, expected, state, how);
     case.assert_intact(before);
 }
 

@@ -4,10 +4,9 @@
 //! A prompt runs as pairs of launches, one pair a slab of chunks: `prepare` (P) writes what does not depend on the state
 //! to the workspace, `scan` (S) walks over it with the state. The order is P0 S0 P1 S1 P2 S2 ..., and a device that can
 //! overlap launches runs each P beside the S before it, hence two buffers. (With one, P's blocks may come early too, but wait
-//! with their stores.) On Hopper the blocks of a scan that all fit on the
-//! device at once are small and in clusters (kernels/chunk_cluster.cuh). Few heads are few blocks: then a slab is cut into
-//! pieces that are scanned side by side, and X and J before each S find out what states the pieces start from
-//! (kernels/chunk_join.cuh).
+//! with their stores.) On Hopper the blocks of a scan that all fit on the device at once are small and in clusters
+//! (kernels/chunk_cluster.cuh). Few heads are few blocks: then a slab is cut into pieces that are scanned side by side, and X
+//! and J before each S find out what states the pieces start from (kernels/chunk_join.cuh).
 
 use super::abi::{DnProblem, VEC_OUT, VEC_V};
 use super::plan::{Arguments, Launch};

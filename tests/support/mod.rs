@@ -224,16 +224,17 @@ pub struct Wish {
 impl Case {
     /// Bound on the NMSE of out. An f16 below 2^-14 is rounded to a multiple of 2^-24, however small it is, and a case may
     /// have no other outputs.
-    pub fn out_bound(&self, expected: &Expected) -> f64 {
+    fn out_bound(&self, expected: &Expected) -> f64 {
         let square = expected.out_mean_square();
         let tiny = self.params.out.dtype == Dtype::F16 as u32 && square > 0.0;
         self.bound + if tiny { 2f64.powi(-50) / square } else { 0.0 }
     }
 
-    /// Panics where a result is further from the oracle's than rounding explains. `by` says whose result it is.
-    pub fn assert_near(&self, nmse: &Nmse, expected: &Expected, by: &str) {
-        let (out, state) = (self.out_bound(expected), self.bound.min(1e-9));
-        assert!(nmse.out <= out && nmse.state <= state, "{nmse:?}, bound {out:e}, {by}: {}", self.words);
+    /// Panics where a result is further from the oracle's than rounding explains: f32 states by `state`, outputs by that or by
+    /// what their type costs. `by` says whose result it is.
+    pub fn assert_near(&self, nmse: &Nmse, expected: &Expected, state: f64, by: &str) {
+        let out = self.out_bound(expected).max(state);
+        assert!(nmse.out <= out && nmse.state <= state, "{nmse:?}, bounds {out:e} {state:e}, {by}: {}", self.words);
     }
 
     /// Draws a problem: every option of the operator, odd lengths, permuted strides, hard gates.

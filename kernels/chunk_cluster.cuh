@@ -20,15 +20,14 @@ struct ClusterSmem {
     static constexpr int T = L::KQ, P = T + L::T, VEC = P + L::T;
     static constexpr int STAGE = (VEC + L::VEC + 1023) / 1024 * 1024;
     static constexpr int ROW = COLS * 4, V = 2 * STAGE, O = V + 2 * C * ROW;
-    static constexpr int BARS = O + C * ROW, EMPTY = 48, SCRATCH = BARS + 2 * EMPTY, BYTES = SCRATCH + 16;
+    static constexpr int BARS = O + C * ROW, EMPTY = 56, SCRATCH = BARS + 2 * EMPTY, BYTES = SCRATCH + 16;
     // Byte of a row of V or O. The four pairs of rows that a warp's lanes have in their hands lie in banks of their own.
     __device__ static int row_offset(int row, int byte) { return row * ROW + (byte ^ (((row >> 1) & 3) << 5)); }
 };
-// What has an mbarrier for being there: K and Q of both stages; T and P; V and the decay vectors. EMPTY bytes on the tiles have
-// one for being read, in all blocks of the cluster.
-enum ClusterPlace { PLACE_KQ = 0, PLACE_TH = 2, PLACE_V = 4, PLACES = 6 };
-// Barriers between warps of a block: V of both stages is read; O is there; O is read.
-enum ClusterBarrier { BARRIER_V = 1, BARRIER_O = 3, BARRIER_O_READ = 4 };
+// What has an mbarrier for being there, and EMPTY bytes on one for being read: K and Q of both stages; T and P; V and the decay
+// vectors; O. Tiles are read in all blocks of the cluster. (Named barriers would do for V and O, but racecheck loses count of
+// them.)
+enum ClusterPlace { PLACE_KQ = 0, PLACE_TH = 2, PLACE_V = 4, PLACE_O = 6, PLACES = 7 };
 
 #if DN_WGMMA
 
@@ -96,13 +95,6 @@ __device__ inline void cluster_operand(uint32_t (&a)[4], int n, float x0, float 
 __device__ inline void mbarrier_arrive(uint32_t bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
-// Barriers of `warps` warps in all: those that wait and those that do not.
-__device__ inline void barrier_wait(int barrier, int warps) {
-    asm volatile("barrier.cta.sync %0, %1;" ::"r"(barrier), "r"(32 * warps) : "memory");
-}
-__device__ inline void barrier_arrive(int barrier, int warps) {
-    asm volatile("barrier.cta.arrive %0, %1;" ::"r"(barrier), "r"(32 * warps) : "memory");
-}
 // This thread's arrival, once all that it copies asynchronously has arrived.
 __device__ inline void mbarrier_arrive_copied(uint32_t bar) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
@@ -119,13 +111,17 @@ struct ClusterHelp {
     int count;   // chunks
 
     __device__ uint32_t full(int place) const { return at + M::BARS + place * 8; }
+    // Before what is at a place is replaced for the `use`-th time.
+    __device__ void wait_read(int place, int use) const {
+        if (use > 0) mbarrier_wait(full(place) + M::EMPTY, (use - 1) & 1);
+    }
 
     // This block's share of the tiles, for all blocks of the cluster, as soon as all have read what was in their place. One
     // thread.
     __device__ void tiles(const unsigned char *kq, const unsigned char *th, int64_t kq_step, int64_t th_step) const {
         const uint32_t rank = cluster_rank();
         const auto fetch = [&](int place, int use, int dst, const unsigned char *src, int bytes) {
-            if (use > 0) mbarrier_wait(full(place) + M::EMPTY, (use - 1) & 1);
+            wait_read(place, use);
             mbarrier_expect(full(place), bytes);
             bytes /= M::BLOCKS;
             bulk_multicast(at + dst + rank * bytes, src + rank * bytes, bytes, full(place), (1 << M::BLOCKS) - 1);
@@ -151,7 +147,7 @@ struct ClusterHelp {
 #pragma unroll 1
         for (int c = 0; c < count; c++, left -= C) {
             const int stage = c & 1;
-            if (c > 1) barrier_wait(BARRIER_V + stage, M::WARPS + 1);
+            wait_read(PLACE_V + stage, c >> 1);
             const int vector = stage * M::STAGE + M::VEC + lane * 16;
             if (IO == IO_F32) cp_async<16>(at + vector, vectors + lane * 16);
             else *(uint4 *)(smem + vector) = __ldcg((const uint4 *)(vectors + lane * 16));
@@ -178,12 +174,12 @@ struct ClusterHelp {
         out += row0 * token + part * 4 * p.out.nb[0];
 #pragma unroll 1
         for (int c = 0; c < count; c++, left -= C) {
-            barrier_wait(BARRIER_O, M::WARPS + 2);
+            mbarrier_wait(full(PLACE_O), c & 1);
             float4 rows[C / 8];
 #pragma unroll
             for (int i = 0; i < C / 8; i++)
                 rows[i] = *(const float4 *)(smem + M::O + M::row_offset(i * 8 + row0, part * 16));
-            if (c + 1 < count) barrier_arrive(BARRIER_O_READ, M::WARPS + 2);
+            mbarrier_arrive(full(PLACE_O) + M::EMPTY);
 #pragma unroll
             for (int i = 0; i < C / 8; i++, out += 8 * token) {
                 float4 x = rows[i];
@@ -232,7 +228,12 @@ __device__ inline void chunk_cluster(const dn_chunk_args &a) {
             mbarrier_init(full(place) + M::EMPTY, M::WARPS * M::BLOCKS);
         }
 #pragma unroll
-        for (int place = PLACE_V; place < PLACES; place++) mbarrier_init(full(place), 32);
+        for (int place = PLACE_V; place < PLACE_O; place++) {
+            mbarrier_init(full(place), 32);
+            mbarrier_init(full(place) + M::EMPTY, 32 * M::WARPS);
+        }
+        mbarrier_init(full(PLACE_O), 32 * M::WARPS);
+        mbarrier_init(full(PLACE_O) + M::EMPTY, 32 * 2);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     cluster_sync();
@@ -326,7 +327,7 @@ __device__ inline void chunk_cluster(const dn_chunk_args &a) {
         wgmma_commit();
         float2 later[8]; // gamma of the chunk over that of a token
         decays(later, 1);
-        if (c + 2 < count) barrier_arrive(BARRIER_V + stage, M::WARPS + 1);
+        mbarrier_arrive(full(PLACE_V + stage) + M::EMPTY);
         wgmma_wait<1>();
         wgmma_touch(u);
 
@@ -382,12 +383,12 @@ __device__ inline void chunk_cluster(const dn_chunk_args &a) {
         wgmma_wait<0>();
         wgmma_touch(o);
         release(PLACE_TH + stage);
-        if (c > 0) barrier_wait(BARRIER_O_READ, M::WARPS + 2);
+        if (c > 0) mbarrier_wait(full(PLACE_O) + M::EMPTY, (c - 1) & 1);
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll
             for (int j = 0; j < 2; j++) *(float *)(own + M::O + (n * 8 + j) * M::ROW) = o[n][j] + o[n][j + 2];
-        barrier_arrive(BARRIER_O, M::WARPS + 2);
+        mbarrier_arrive(full(PLACE_O));
     }
     scan_end<S, C, M::COLS, false>(a, false, [&](const StateAt &at, int first) {
         store_fragments(s, at, first + warp * 8 + g);

@@ -85,5 +85,5 @@ DN_SIZES(128, 32, 2, 34056, 100384, 32768, 8448)
 DN_SIZES(128, 32, 1, 24840, 59424, 16384, 4352)
 DN_SIZES(64, 32, 2, 33032, 67616, 16384, 8448)
 DN_SIZES(64, 32, 1, 24840, 43040, 8192, 4352)
-static_assert(ClusterSmem<128, 2>::BYTES == 223344 && ClusterSmem<128, 1>::BYTES == 125040 &&
-              ClusterSmem<64, 2>::BYTES == 157808 && ClusterSmem<64, 1>::BYTES == 92272, "sizes");
+static_assert(ClusterSmem<128, 2>::BYTES == 223360 && ClusterSmem<128, 1>::BYTES == 125056 &&
+              ClusterSmem<64, 2>::BYTES == 157824 && ClusterSmem<64, 1>::BYTES == 92288, "sizes");

@@ -229,7 +229,7 @@ impl Shape {
     }
     /// The same of a scan in clusters.
     fn cluster_shared(&self) -> usize {
-        self.stages() + 3 * self.chunk * CLUSTER_COLUMNS * 4 + 112
+        self.stages() + 3 * self.chunk * CLUSTER_COLUMNS * 4 + 128
     }
 }
 
@@ -714,7 +714,7 @@ mod tests {
         let cluster = |head_size, parts| Shape { head_size, chunk: 64, parts }.cluster_shared();
         assert_eq!(
             [cluster(128, 2), cluster(128, 1), cluster(64, 2), cluster(64, 1)],
-            [223_344, 125_040, 157_808, 92_272]
+            [223_360, 125_056, 157_824, 92_288]
         );
         assert!(fits(&HOPPER) && fits(&ADA) && !fits(&Abilities { shared: 65536, ..ADA }));
         assert_eq!(shared_sizes().count(), NAMES.len());

@@ -13,13 +13,25 @@ pub struct Expected {
     state: Vec<f64>,
     /// Each slot's states like `state`; `None` for a slot that stays untouched in that sequence.
     snapshots: Vec<Vec<Option<f64>>>,
+    /// Sum of the squares of all products that were added up to outputs.
+    out_terms: f64,
 }
 
 impl Expected {
     /// The mean square of the outputs; 0 where there are none.
     pub fn out_mean_square(&self) -> f64 {
-        let outputs = || self.out.iter().flatten();
-        outputs().map(|x| x * x).sum::<f64>() / outputs().count().max(1) as f64
+        self.out_square() / self.out.iter().flatten().count().max(1) as f64
+    }
+
+    /// By how much the outputs' NMSE can exceed that of what was added up to them: the squares of the terms over those of the
+    /// sums. About 1, unless all sums happen to be small, as those of a lone token are whose query and key are orthogonal.
+    pub fn out_cancellation(&self) -> f64 {
+        let sums = self.out_square();
+        if sums > 0.0 { self.out_terms / sums } else { 1.0 }
+    }
+
+    fn out_square(&self) -> f64 {
+        self.out.iter().flatten().map(|x| x * x).sum()
     }
 }
 
@@ -52,6 +64,7 @@ pub unsafe fn evaluate(problem: &Problem) -> Expected {
         out: vec![None; token_sequences * tokens * hv * s],
         state: vec![0.0; p.sequences() * hv * s * s],
         snapshots: vec![vec![None; p.sequences() * hv * s * s]; slots],
+        out_terms: 0.0,
     };
     for b in 0..p.sequences() {
         for h in 0..hv {
@@ -104,13 +117,16 @@ unsafe fn evaluate_head(p: &Problem, b: usize, h: usize, expected: &mut Expected
         }
         let delta: Vec<f64> =
             predicted.iter().enumerate().map(|(j, sum)| beta * (load(&p.v, [j, h, t, sequence]) - sum)).collect();
-        let mut out = vec![0.0; s];
+        let (mut out, mut terms) = (vec![0.0; s], vec![0.0; s]);
         for ((row, k), q) in state.chunks_exact_mut(s).zip(&k).zip(&q) {
-            for ((x, delta), sum) in row.iter_mut().zip(&delta).zip(&mut out) {
+            for (((x, delta), sum), squares) in row.iter_mut().zip(&delta).zip(&mut out).zip(&mut terms) {
                 *x += k * delta;
-                *sum += *x * q;
+                let term = *x * q;
+                *sum += term;
+                *squares += term * term;
             }
         }
+        expected.out_terms += f64::from(p.scale()).powi(2) * terms.iter().sum::<f64>();
         for (j, o) in out.into_iter().enumerate() {
             expected.out[((sequence * p.v.ne[2] + t) * hv + h) * s + j] = Some(f64::from(p.scale()) * o);
         }

@@ -244,7 +244,7 @@ template <int S, int C, int PARTS>
 struct Prepare {
     using L = Tiles<S, C, PARTS>;
     using Smem = PrepareSmem<S, C, PARTS>;
-    static constexpr int BLOCKS = C / 16; // 16 x 16 blocks along a side
+    static constexpr int BLOCKS = C / 16, OWN = C / 32; // 16 x 16 blocks along a side, and that a warp has at most
 
     // Two neighbouring entries of an image of T or P.
     __device__ static void store_pair(unsigned char *image, int row, int column, uint32_t hi, uint32_t lo) {
@@ -306,27 +306,42 @@ struct Prepare {
         }
     }
 
-    // A to shared memory and P to the workspace, from one 16 x 16 block of K K^T and Q K^T. A difference of log-decays is
-    // selected before its exponential: above the diagonal it could overflow.
+    // A and P of head i in shared memory, from a warp's 16 x 16 blocks of K K^T and Q K^T: of row tile `tile`, column blocks
+    // `parity` and every other one after it. All that is read is read first: a read waits for a write before it that may be to
+    // the same place, for all that the compiler knows.
+    __device__ static void decays(Smem &sm, int i, int tile, int parity, const float (&kk)[OWN][2][4],
+                                  const float (&qk)[OWN][2][4], unsigned char *p_image) {
+        const int lane = threadIdx.x & 31, r = tile * 16 + (lane >> 2), c = parity * 16 + (lane & 3) * 2;
+        const LogDecay to[2] = {sm.g[i][r], sm.g[i][r + 8]};
+        const float beta[2] = {sm.beta[i][r], sm.beta[i][r + 8]};
+        float4 from[OWN][2]; // two columns' each
+#pragma unroll
+        for (int m = 0; m < OWN; m++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) from[m][j] = *(const float4 *)&sm.g[i][c + m * 32 + j * 8];
+#pragma unroll
+        for (int m = 0; m < OWN; m++) {
+            const int n = parity + 2 * m;
+            if (n < tile) decay_block<false>(sm.solve.a[i], r, c + m * 32, to, from[m], beta, kk[m], qk[m], p_image);
+            else if (n == tile) decay_block<true>(sm.solve.a[i], r, c + m * 32, to, from[m], beta, kk[m], qk[m], p_image);
+            else store_zero_block(p_image, tile, n);
+        }
+    }
+    // One block. A difference of log-decays is selected before its exponential: above the diagonal it could overflow.
     template <bool DIAGONAL>
-    __device__ static void decay_block(Smem &sm, int i, int tile, int n, const float (&kk)[2][4],
-                                       const float (&qk)[2][4], unsigned char *p_image) {
-        const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    __device__ static void decay_block(float (&a)[C][C + 4], int r0, int c0, const LogDecay (&to)[2], const float4 (&from)[2],
+                                       const float (&beta)[2], const float (&kk)[2][4], const float (&qk)[2][4],
+                                       unsigned char *p_image) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int r = tile * 16 + half * 8 + g;
-            const LogDecay to = sm.g[i][r];
-            const float beta = sm.beta[i][r];
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                const int c = n * 16 + j * 8 + 2 * t;
+                const int r = r0 + half * 8, c = c0 + j * 8;
                 float2 d;
-                const float4 from = *(const float4 *)&sm.g[i][c]; // two of them
-                d.x = __expf(!DIAGONAL || r >= c ? log_between(to, {from.x, from.y}) : -200.0f);
-                d.y = __expf(!DIAGONAL || r >= c + 1 ? log_between(to, {from.z, from.w}) : -200.0f);
-                float2 x = make_float2(!DIAGONAL || r > c ? beta * kk[j][2 * half] * d.x : 0.0f,
-                                       !DIAGONAL || r > c + 1 ? beta * kk[j][2 * half + 1] * d.y : 0.0f);
-                *(float2 *)&sm.solve.a[i][r][c] = x;
+                d.x = __expf(!DIAGONAL || r >= c ? log_between(to[half], {from[j].x, from[j].y}) : -200.0f);
+                d.y = __expf(!DIAGONAL || r >= c + 1 ? log_between(to[half], {from[j].z, from[j].w}) : -200.0f);
+                *(float2 *)&a[r][c] = make_float2(!DIAGONAL || r > c ? beta[half] * kk[j][2 * half] * d.x : 0.0f,
+                                                  !DIAGONAL || r > c + 1 ? beta[half] * kk[j][2 * half + 1] * d.y : 0.0f);
                 uint32_t hi, lo;
                 split_bf16(!DIAGONAL || r >= c ? qk[j][2 * half] * d.x : 0.0f,
                            !DIAGONAL || r >= c + 1 ? qk[j][2 * half + 1] * d.y : 0.0f, hi, lo);
@@ -362,19 +377,16 @@ struct Prepare {
     __device__ static void block_column(Smem &sm, int i_head, int j, unsigned char *image) {
         const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
         uint32_t xh[BLOCKS][4], xl[BLOCKS][4];
+        float x[BLOCKS][2][4] = {}; // stored at the end: see `decays`
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
-            if (i < j) {
-                store_zero_block(image, i, j);
-                continue;
-            }
-            float z[2][4] = {};
+            if (i < j) continue;
             if (i == j) {
                 const float(*d)[24] = sm.solve.diagonal[i_head][j];
 #pragma unroll
                 for (int n = 0; n < 2; n++)
 #pragma unroll
-                    for (int e = 0; e < 4; e++) z[n][e] = d[n * 8 + 2 * t + (e & 1)][g + (e >> 1) * 8];
+                    for (int e = 0; e < 4; e++) x[i][n][e] = d[n * 8 + 2 * t + (e & 1)][g + (e >> 1) * 8];
             } else {
                 float y[2][4] = {};
 #pragma unroll
@@ -388,15 +400,23 @@ struct Prepare {
 #pragma unroll
                 for (int e = 0; e < 4; e++) split_bf16(-y[e >> 1][(e & 1) * 2], -y[e >> 1][(e & 1) * 2 + 1], yh[e], yl[e]);
                 transposed_operand<24>(bh, bl, &sm.solve.diagonal[i_head][i][0][0]);
-                mma_split(z, yh, yl, bh, bl);
+                mma_split(x[i], yh, yl, bh, bl);
+            }
+#pragma unroll
+            for (int e = 0; e < 4; e++) split_bf16(x[i][e >> 1][(e & 1) * 2], x[i][e >> 1][(e & 1) * 2 + 1], xh[i][e], xl[i][e]);
+        }
+        const float beta[2] = {sm.beta[i_head][j * 16 + g], sm.beta[i_head][j * 16 + 8 + g]};
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) {
+            if (i < j) {
+                store_zero_block(image, i, j);
+                continue;
             }
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 const int n = e >> 1, half = e & 1;
-                const float z0 = z[n][half * 2], z1 = z[n][half * 2 + 1], beta = sm.beta[i_head][j * 16 + half * 8 + g];
-                split_bf16(z0, z1, xh[i][e], xl[i][e]);
                 uint32_t hi, lo;
-                split_bf16(z0 * beta, z1 * beta, hi, lo);
+                split_bf16(x[i][n][half * 2] * beta[half], x[i][n][half * 2 + 1] * beta[half], hi, lo);
                 store_pair(image, i * 16 + n * 8 + g, j * 16 + half * 8 + 2 * t, transpose8x8(hi), transpose8x8(lo));
             }
         }
@@ -479,7 +499,7 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     if (warp < pair) X::gates(p, sm, warp, raw_gates, tokens); // the two warps that have the least to multiply
 
     // Two warps to a row tile: one takes the even column blocks up to the diagonal, one the odd ones.
-    constexpr int OWN = C / 32;
+    constexpr int OWN = X::OWN;
     const int tile = warp >> 1;
     float kk[OWN][2][4] = {}, qk[OWN][2][4] = {};
     if ((warp & 1) <= tile) {
@@ -521,14 +541,7 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     __syncthreads(); // the images' place is free
 #pragma unroll 1
     for (int i = 0; i < pair; i++) {
-        unsigned char *p_image = sm.solve.images[i] + L::T;
-#pragma unroll
-        for (int m = 0; m < OWN; m++) {
-            const int n = (warp & 1) + 2 * m;
-            if (n < tile) X::template decay_block<false>(sm, i, tile, n, kk[m], qk[m], p_image);
-            else if (n == tile) X::template decay_block<true>(sm, i, tile, n, kk[m], qk[m], p_image);
-            else X::store_zero_block(p_image, tile, n);
-        }
+        X::decays(sm, i, tile, warp & 1, kk, qk, sm.solve.images[i] + L::T);
     }
     async_proxy_fence();
     __syncthreads();

@@ -33,7 +33,7 @@ struct PrepareSmem {
     LogDecay g[2][C];
     float beta[2][C];
     float vec[2][2 * C];
-    uint64_t arrived; // an mbarrier: rows of K and Q
+    uint64_t arrived[2]; // mbarriers: rows of K, of Q
 };
 
 // A block's bytes from shared to global memory: by the copy engine, or 16 at a time. After a barrier that follows the
@@ -130,8 +130,8 @@ __device__ inline void stage_row(const dn_problem &p, const uint4 (&raw)[S / 16]
     }
 }
 
-// The usual rows, f32 in fours: a row's four threads have 64 neighbouring bytes at a time. `turn` is 1 for rows that begin with
-// the second 64, where banks ask for it.
+// The usual rows, f32 in fours: a row's four threads have 64 neighbouring bytes at a time. `turn` changes their order, where banks
+// ask for it: see RowCopies.
 template <int S>
 __device__ inline void load_row_f32(float4 (&x)[S / 16], const char *row, int turn, bool there) {
     const int part = threadIdx.x & 3;
@@ -172,28 +172,30 @@ struct RowCopies {
 #else
     static constexpr bool USED = false;
 #endif
-    __device__ static void begin(uint64_t *arrived) {
+    // Of two neighbouring rows one is read from 64 bytes on where the other is from 0, and of four in a row no two are written
+    // to the same 32 bytes of a line.
+    __device__ static int turn(int row) { return USED && row & 1 ? 3 : 0; }
+    __device__ static void begin(uint64_t (&arrived)[2]) {
 #if DN_BULK_COPY
-        if (threadIdx.x == 0) mbarrier_init(smem_address(arrived), 1);
+        if (threadIdx.x < 2) mbarrier_init(smem_address(&arrived[threadIdx.x]), 1);
         async_proxy_fence();
         __syncthreads();
 #endif
     }
-    // K, then Q. A warp's threads ask one after another, so every warp has a share.
-    __device__ static void fetch(unsigned char *to, uint64_t *arrived, const char *k, const char *q, int64_t k_nb, int64_t q_nb,
-                                 int tokens) {
+    // Rows of K, or of Q; `once`: nobody reads them soon. A warp's threads ask one after another, so every warp has a share.
+    __device__ static void fetch(unsigned char *to, uint64_t &arrived, const char *from, int64_t nb, int tokens, bool once) {
 #if DN_BULK_COPY
-        constexpr int SHARE = 16; // of 2 C rows, for each of C / 8 warps
-        const uint32_t bar = smem_address(arrived);
-        const int lane = threadIdx.x & 31, at = (threadIdx.x >> 5) * SHARE + lane, row = at % C;
-        if (threadIdx.x == 0) mbarrier_expect(bar, 2 * tokens * S * 4);
-        if (lane < SHARE && row < tokens)
-            bulk_copy(smem_address(to) + at * S * 4, at < C ? k + row * k_nb : q + row * q_nb, S * 4, bar);
+        constexpr int SHARE = 8; // of C rows, for each of C / 8 warps
+        const uint32_t bar = smem_address(&arrived);
+        const int lane = threadIdx.x & 31, row = (threadIdx.x >> 5) * SHARE + lane;
+        if (threadIdx.x == 0) mbarrier_expect(bar, tokens * S * 4);
+        const uint64_t policy = once ? evict_first() : evict_normal();
+        if (lane < SHARE && row < tokens) bulk_copy(smem_address(to) + row * S * 4, from + row * nb, S * 4, bar, policy);
 #endif
     }
-    __device__ static void wait(uint64_t *arrived) {
+    __device__ static void wait(uint64_t &arrived) {
 #if DN_BULK_COPY
-        mbarrier_wait(smem_address(arrived), 0);
+        mbarrier_wait(smem_address(&arrived), 0);
 #endif
     }
 };
@@ -258,56 +260,89 @@ struct Prepare {
         for (int e = 0; e < 4; e++) store_pair(image, i * 16 + (e >> 1) * 8 + g, j * 16 + (e & 1) * 8 + 2 * t, 0, 0);
     }
 
-    // A warp's gates and betas of one head as they are in memory; no decay and nothing written past the last token.
+    // A warp's gates and betas of one head as they are in memory, of OWN tokens in a row to a lane; no decay and nothing written
+    // past the last token.
     struct Gates {
-        float gate[C / 32], beta[C / 32];
+        float gate[OWN], beta[OWN];
         __device__ void load(const dn_problem &p, const char *gb, const char *bb, int tokens) {
 #pragma unroll
-            for (int part = 0; part < C / 32; part++) {
-                const int row = part * 32 + (threadIdx.x & 31);
-                gate[part] = row < tokens ? *(const float *)(gb + row * p.g.nb[2]) : 0;
-                beta[part] = row < tokens ? *(const float *)(bb + row * p.beta.nb[2]) : 0;
+            for (int i = 0; i < OWN; i++) {
+                const int row = (threadIdx.x & 31) * OWN + i;
+                gate[i] = row < tokens ? *(const float *)(gb + row * p.g.nb[2]) : 0;
+                beta[i] = row < tokens ? *(const float *)(bb + row * p.beta.nb[2]) : 0;
             }
         }
     };
     // Running log-decays in double, betas and decay vectors of one head, by one warp.
-    __device__ static void gates(const dn_problem &p, Smem &sm, int i, const Gates &raw, int tokens) {
-        const int lane = threadIdx.x & 31;
-        double before = 0;
+    __device__ static void gates(const dn_problem &p, Smem &sm, int head, const Gates &raw, int tokens) {
+        const int lane = threadIdx.x & 31, row = lane * OWN;
+        float beta[OWN];
+        double own[OWN], sum = 0; // up to a token, from the lane's first on
 #pragma unroll
-        for (int part = 0; part < C / 32; part++) {
-            const int row = part * 32 + lane;
-            float gate = 0, beta = 0;
-            if (row < tokens) {
-                gate = dn_log_decay(raw.gate[part], p.gate_max);
-                beta = dn_beta(raw.beta[part], p.beta_kind);
-            }
+        for (int i = 0; i < OWN; i++) {
+            const bool there = row + i < tokens;
+            const float gate = there ? dn_log_decay(raw.gate[i], p.gate_max) : 0;
+            beta[i] = there ? dn_beta(raw.beta[i], p.beta_kind) : 0;
             // exp(-110) is 0 in f32: a lower bound costs nothing, and keeps -inf out of differences.
-            double sum = gate < -110.0f ? -110.0 : (double)gate;
-#pragma unroll
-            for (int d = 1; d < 32; d *= 2) {
-                const double up = __shfl_up_sync(~0u, sum, d);
-                if (lane >= d) sum += up;
-            }
-            sum += before;
-            before = __shfl_sync(~0u, sum, 31);
-            const float hi = (float)sum;
-            sm.g[i][row] = {hi, (float)(sum - (double)hi)};
-            sm.beta[i][row] = beta;
+            sum += gate < -110.0f ? -110.0 : (double)gate;
+            own[i] = sum;
         }
-        __syncwarp();
-        const LogDecay last = sm.g[i][C - 1];
+        double before = sum;
 #pragma unroll
-        for (int part = 0; part < C / 32; part++) {
-            const int row = part * 32 + lane;
-            const LogDecay at = sm.g[i][row];
-            sm.vec[i][row] = expf(at.hi + at.lo);
-            sm.vec[i][C + row] = expf(log_between(last, at));
+        for (int d = 1; d < 32; d *= 2) {
+            const double up = __shfl_up_sync(~0u, before, d);
+            if (lane >= d) before += up;
+        }
+        before -= sum;
+        LogDecay at[OWN];
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            const double total = before + own[i];
+            const float hi = (float)total;
+            at[i] = {hi, (float)(total - (double)hi)};
+        }
+        const LogDecay last = {__shfl_sync(~0u, at[OWN - 1].hi, 31), __shfl_sync(~0u, at[OWN - 1].lo, 31)};
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            sm.g[head][row + i] = at[i];
+            sm.beta[head][row + i] = beta[i];
+            sm.vec[head][row + i] = expf(at[i].hi + at[i].lo);
+            sm.vec[head][C + row + i] = expf(log_between(last, at[i]));
         }
     }
 
-    // A and P of head i in shared memory, from a warp's 16 x 16 blocks of K K^T and Q K^T: of row tile `tile`, column blocks
-    // `parity` and every other one after it. All that is read is read first: a read waits for a write before it that may be to
+    // A warp's blocks of K K^T and Q K^T: of row tile `tile`, column blocks `parity` and every other one, N in all. Sums that are
+    // made at a time are as many as there can be, for a product waits for the one before it.
+    template <int N>
+    __device__ static void products(Smem &sm, int tile, int parity, float (&kk)[OWN][2][4], float (&qk)[OWN][2][4]) {
+        constexpr int PART = C * S * 2;
+        const uint32_t keys = smem_address(sm.image.k[0]), queries = smem_address(sm.image.q[0]);
+        const int lane = threadIdx.x & 31, a_row = tile * 16 + (lane & 15), a_col = (lane >> 4) * 8;
+        const int b_row = parity * 16 + (lane & 7) + ((lane >> 4) << 3), b_col = ((lane >> 3) & 1) * 8;
+#pragma unroll 2
+        for (int ks = 0; ks < S / 16; ks++) {
+            uint32_t kh[4], kl[4], qh[4], ql[4], bh[N][4], bl[N][4];
+            const int at = L::kq_offset(a_row, ks * 16 + a_col);
+#pragma unroll
+            for (int m = 0; m < N; m++) ldmatrix4(bh[m], keys + L::kq_offset(b_row + m * 32, ks * 16 + b_col));
+            ldmatrix4(kh, keys + at);
+            ldmatrix4(qh, queries + at);
+            if (PARTS == 2) {
+                ldmatrix4(kl, keys + PART + at);
+                ldmatrix4(ql, queries + PART + at);
+#pragma unroll
+                for (int m = 0; m < N; m++) ldmatrix4(bl[m], keys + PART + L::kq_offset(b_row + m * 32, ks * 16 + b_col));
+#pragma unroll
+                for (int m = 0; m < N; m++) mma_pair(kk[m], kl, bh[m]), mma_pair(qk[m], ql, bh[m]);
+#pragma unroll
+                for (int m = 0; m < N; m++) mma_pair(kk[m], kh, bl[m]), mma_pair(qk[m], qh, bl[m]);
+            }
+#pragma unroll
+            for (int m = 0; m < N; m++) mma_pair(kk[m], kh, bh[m]), mma_pair(qk[m], qh, bh[m]);
+        }
+    }
+
+    // A and P of head i in shared memory, from a warp's blocks of K K^T and Q K^T. All that is read is read first: a read waits for a write before it that may be to
     // the same place, for all that the compiler knows.
     __device__ static void decays(Smem &sm, int i, int tile, int parity, const float (&kk)[OWN][2][4],
                                   const float (&qk)[OWN][2][4], unsigned char *p_image) {
@@ -433,7 +468,7 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     const dn_problem &p = a.p;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     using Copies = RowCopies<S, C>;
-    if (Copies::USED) Copies::begin(&sm.arrived);
+    if (Copies::USED) Copies::begin(sm.arrived);
     if (a.waits == WAITS_FIRST) wait_for_previous();
     launch_next();
     const bool first = (blockIdx.x | blockIdx.y | blockIdx.z) == 0;
@@ -450,7 +485,12 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     const char *const q0 = (const char *)p.q.data + kh * p.q.nb[1] + token * p.q.nb[2] + seq.bq * p.q.nb[3];
     const bool vk = p.flags & DN_VEC_K, vq = p.flags & DN_VEC_Q;
     const bool usual = vk && vq && p.dtype_k == DN_F32 && p.dtype_q == DN_F32;
-    if (Copies::USED && usual) Copies::fetch(smem_raw, &sm.arrived, k0, q0, p.k.nb[2], p.q.nb[2], tokens);
+    unsigned char *const k_rows = smem_raw, *const q_rows = k_rows + C * S * 4;
+    if (Copies::USED && usual) {
+        const bool once = a.pairs == 1 && p.T - a.tail > a.nchunks * C; // of a prompt of several slabs
+        Copies::fetch(k_rows, sm.arrived[0], k0, p.k.nb[2], tokens, once);
+        Copies::fetch(q_rows, sm.arrived[1], q0, p.q.nb[2], tokens, once);
+    }
 
     const int rep = dn_quotient(p.Hv, p.Hk), r0 = (blockIdx.y - kh * a.pairs) * 2, pair = min(2, rep - r0);
     const auto head = [&](int i) { return p.head_map ? kh * rep + r0 + i : kh + p.Hk * (r0 + i); };
@@ -464,19 +504,23 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
         const int row = threadIdx.x >> 2;
         const bool there = row < tokens;
         const char *kb = k0 + row * p.k.nb[2], *qb = q0 + row * p.q.nb[2];
-        if (usual) {
+        if (usual && Copies::USED) { // images are written in the place of rows
+            const int turn = Copies::turn(row);
+            const auto bring = [&](uint64_t &arrived, const unsigned char *rows, unsigned char(&image)[PARTS][C * S * 2]) {
+                float4 x[S / 16];
+                Copies::wait(arrived);
+                load_row_f32<S>(x, (const char *)rows + row * S * 4, turn, there);
+                __syncthreads();
+                stage_row_f32<S, C, PARTS>(p, x, turn, there, image);
+            };
+            bring(sm.arrived[0], k_rows, sm.image.k);
+            bring(sm.arrived[1], q_rows, sm.image.q);
+        } else if (usual) {
             float4 k[S / 16], q[S / 16];
-            const int turn = Copies::USED ? row & 1 : 0;
-            if (Copies::USED) {
-                Copies::wait(&sm.arrived);
-                kb = (const char *)smem_raw + row * S * 4;
-                qb = kb + C * S * 4;
-            }
-            load_row_f32<S>(k, kb, turn, there);
-            load_row_f32<S>(q, qb, turn, there);
-            if (Copies::USED) __syncthreads(); // images are written in the place of rows
-            stage_row_f32<S, C, PARTS>(p, k, turn, there, sm.image.k);
-            stage_row_f32<S, C, PARTS>(p, q, turn, there, sm.image.q);
+            load_row_f32<S>(k, kb, 0, there);
+            load_row_f32<S>(q, qb, 0, there);
+            stage_row_f32<S, C, PARTS>(p, k, 0, there, sm.image.k);
+            stage_row_f32<S, C, PARTS>(p, q, 0, there, sm.image.q);
         } else {
             uint4 k[S / 16], q[S / 16];
             load_row<S, 4 * C>(k, p.k, kb, p.dtype_k, vk, there, smem_raw);
@@ -502,46 +546,15 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     constexpr int OWN = X::OWN;
     const int tile = warp >> 1;
     float kk[OWN][2][4] = {}, qk[OWN][2][4] = {};
-    if ((warp & 1) <= tile) {
-        const uint32_t keys = smem_address(sm.image.k[0]), queries = smem_address(sm.image.q[0]);
-        constexpr int PART = C * S * 2;
-        const int a_row = tile * 16 + (lane & 15), a_col = (lane >> 4) * 8;
-        const int b_row = (lane & 7) + ((lane >> 4) << 3), b_col = ((lane >> 3) & 1) * 8;
-#pragma unroll 2
-        for (int ks = 0; ks < S / 16; ks++) {
-            uint32_t kh_[4], kl[4], qh[4], ql[4];
-            const int at = L::kq_offset(a_row, ks * 16 + a_col);
-            ldmatrix4(kh_, keys + at);
-            ldmatrix4(qh, queries + at);
-            if (PARTS == 2) {
-                ldmatrix4(kl, keys + PART + at);
-                ldmatrix4(ql, queries + PART + at);
-            }
-#pragma unroll
-            for (int m = 0; m < OWN; m++) {
-                const int n = (warp & 1) + 2 * m;
-                if (n > tile) break;
-                uint32_t bh[4], bl[4];
-                const uint32_t bt = keys + L::kq_offset(n * 16 + b_row, ks * 16 + b_col);
-                ldmatrix4(bh, bt);
-                if (PARTS == 2) {
-                    ldmatrix4(bl, bt + PART);
-                    mma_pair(kk[m], kl, bh);
-                    mma_pair(qk[m], ql, bh);
-                    mma_pair(kk[m], kh_, bl);
-                    mma_pair(qk[m], qh, bl);
-                }
-                mma_pair(kk[m], kh_, bh);
-                mma_pair(qk[m], qh, bh);
-            }
-        }
-    }
+    const int parity = warp & 1, blocks = (tile - parity + 2) / 2; // 0 for the odd ones of the first tile
+    if (OWN == 2 && blocks == 2) X::template products<OWN>(sm, tile, parity, kk, qk);
+    else if (blocks > 0) X::template products<1>(sm, tile, parity, kk, qk);
 
     flush_wait_read();
     __syncthreads(); // the images' place is free
 #pragma unroll 1
     for (int i = 0; i < pair; i++) {
-        X::decays(sm, i, tile, warp & 1, kk, qk, sm.solve.images[i] + L::T);
+        X::decays(sm, i, tile, parity, kk, qk, sm.solve.images[i] + L::T);
     }
     async_proxy_fence();
     __syncthreads();

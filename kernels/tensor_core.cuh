@@ -103,6 +103,11 @@ __device__ inline uint64_t evict_first() {
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
+__device__ inline uint64_t evict_normal() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
 // Sixteen bytes or zeros, with such a policy.
 __device__ inline void cp_async_once(uint32_t dst, const void *src, bool there, uint64_t policy) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(dst), "l"(src), "r"(there ? 16 : 0),
@@ -133,6 +138,12 @@ __device__ inline void mbarrier_wait(uint32_t bar, int parity) {
 __device__ inline void bulk_copy(uint32_t dst, const void *src, int bytes, uint32_t bar) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
                  "l"(src), "r"(bytes), "r"(bar)
+                 : "memory");
+}
+__device__ inline void bulk_copy(uint32_t dst, const void *src, int bytes, uint32_t bar, uint64_t policy) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+                     dst),
+                 "l"(src), "r"(bytes), "r"(bar), "l"(policy)
                  : "memory");
 }
 // Shared memory to global memory. Threads that wrote it by ordinary stores fence before the barrier that comes first.

@@ -237,32 +237,37 @@ __device__ inline void chunk_cluster(const dn_chunk_args &a) {
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     cluster_sync();
+    // Where everything is, before the wait: the arguments lie in memory that is slow the first time, and what else says where
+    // is not stage 1's.
+    dn_sequence seq = {};
+    const bool there = dn_sequence_of(p, a.seq0 + place.sequence, seq);
+    const ScanWalk walk = there ? scan_walk<C, false>(a, place) : ScanWalk{};
+    const int count = walk.count, left = seq.len - a.tail - walk.first * C;
+    const int64_t token = (int64_t)seq.start + (int64_t)walk.first * C;
+    const unsigned char *kq = (const unsigned char *)a.kq + ((int64_t)walk.slot * p.Hk + kh) * L::KQ;
+    const unsigned char *th = (const unsigned char *)a.th + ((int64_t)walk.slot * p.Hv + h) * L::TH;
+    const auto column_of = [&](const dn_view &x) {
+        return (char *)x.data + h * x.nb[1] + token * x.nb[2] + seq.b * x.nb[3] + column0 * x.nb[0];
+    };
+    const char *v = column_of(p.v);
+    char *out = column_of(p.out);
+    StateAt begin = walk.begins ? state_at(p, p.state_in, h, seq.row_in) : carry_at<S>(a, walk.carry_in, h);
+    asm volatile("" : "+l"(kq), "+l"(th), "+l"(v), "+l"(out), "+l"(begin.base)); // not later
     // The first slab's stage 1 has waited for the caller's kernel before it let this one start: states may be read at once.
     const bool early = a.waits == WAITS_FIRST && warp < M::WARPS;
     if (!early) wait_for_previous();
     launch_next();
-    dn_sequence seq;
-    if (!dn_sequence_of(p, a.seq0 + place.sequence, seq)) return;
-    const ScanWalk walk = scan_walk<C, false>(a, place);
-    if (!walk.begins && p.cu_seqlens && walk.count == 0) return;
-    const int count = walk.count;
+    if (!there || !walk.begins && p.cu_seqlens && count == 0) return;
 
     if (warp >= M::WARPS) {
         const ClusterHelp<S, PARTS, IO> help{smem_raw, smem, count};
-        const int left = seq.len - a.tail - walk.first * C;
-        const int64_t token = (int64_t)seq.start + (int64_t)walk.first * C;
-        const unsigned char *const th = (const unsigned char *)a.th + ((int64_t)walk.slot * p.Hv + h) * L::TH;
         const int64_t th_step = (int64_t)p.Hv * L::TH;
         if (warp == M::WARPS) {
-            if (lane == 0)
-                help.tiles((const unsigned char *)a.kq + ((int64_t)walk.slot * p.Hk + kh) * L::KQ, th, (int64_t)p.Hk * L::KQ,
-                           th_step);
+            if (lane == 0) help.tiles(kq, th, (int64_t)p.Hk * L::KQ, th_step);
         } else if (warp == M::WARPS + 1) {
-            const char *v = (const char *)p.v.data + h * p.v.nb[1] + token * p.v.nb[2] + seq.b * p.v.nb[3];
-            help.values(p, v + column0 * p.v.nb[0], left, th + 2 * L::T, th_step);
+            help.values(p, v, left, th + 2 * L::T, th_step);
         } else {
-            char *out = (char *)p.out.data + h * p.out.nb[1] + token * p.out.nb[2] + seq.b * p.out.nb[3];
-            help.outputs(p, out + column0 * p.out.nb[0], left, warp - M::WARPS - 2);
+            help.outputs(p, out, left, warp - M::WARPS - 2);
         }
         __syncwarp();
         cluster_sync();
@@ -270,7 +275,7 @@ __device__ inline void chunk_cluster(const dn_chunk_args &a) {
     }
 
     float s[S / 8][2];
-    load_fragments<true>(s, walk.begins ? state_at(p, p.state_in, h, seq.row_in) : carry_at<S>(a, walk.carry_in, h), column);
+    load_fragments<true>(s, begin, column);
     if (early) wait_for_previous();
     uint32_t state[S / 16][4];
 #pragma unroll

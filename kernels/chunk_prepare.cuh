@@ -342,8 +342,8 @@ struct Prepare {
         }
     }
 
-    // A and P of head i in shared memory, from a warp's blocks of K K^T and Q K^T. All that is read is read first: a read waits for a write before it that may be to
-    // the same place, for all that the compiler knows.
+    // A and P of head i in shared memory, from a warp's blocks of K K^T and Q K^T. All that is read is read first: a read waits
+    // for a write before it that may be to the same place, for all that the compiler knows.
     __device__ static void decays(Smem &sm, int i, int tile, int parity, const float (&kk)[OWN][2][4],
                                   const float (&qk)[OWN][2][4], unsigned char *p_image) {
         const int lane = threadIdx.x & 31, r = tile * 16 + (lane >> 2), c = parity * 16 + (lane & 3) * 2;
@@ -356,14 +356,11 @@ struct Prepare {
             for (int j = 0; j < 2; j++) from[m][j] = *(const float4 *)&sm.g[i][c + m * 32 + j * 8];
 #pragma unroll
         for (int m = 0; m < OWN; m++) {
-            const int n = parity + 2 * m;
-            if (n < tile) decay_block<false>(sm.solve.a[i], r, c + m * 32, to, from[m], beta, kk[m], qk[m], p_image);
-            else if (n == tile) decay_block<true>(sm.solve.a[i], r, c + m * 32, to, from[m], beta, kk[m], qk[m], p_image);
-            else store_zero_block(p_image, tile, n);
+            if (parity + 2 * m <= tile) decay_block(sm.solve.a[i], r, c + m * 32, to, from[m], beta, kk[m], qk[m], p_image);
+            else store_zero_block(p_image, tile, parity + 2 * m);
         }
     }
     // One block. A difference of log-decays is selected before its exponential: above the diagonal it could overflow.
-    template <bool DIAGONAL>
     __device__ static void decay_block(float (&a)[C][C + 4], int r0, int c0, const LogDecay (&to)[2], const float4 (&from)[2],
                                        const float (&beta)[2], const float (&kk)[2][4], const float (&qk)[2][4],
                                        unsigned char *p_image) {
@@ -373,13 +370,12 @@ struct Prepare {
             for (int j = 0; j < 2; j++) {
                 const int r = r0 + half * 8, c = c0 + j * 8;
                 float2 d;
-                d.x = __expf(!DIAGONAL || r >= c ? log_between(to[half], {from[j].x, from[j].y}) : -200.0f);
-                d.y = __expf(!DIAGONAL || r >= c + 1 ? log_between(to[half], {from[j].z, from[j].w}) : -200.0f);
-                *(float2 *)&a[r][c] = make_float2(!DIAGONAL || r > c ? beta[half] * kk[j][2 * half] * d.x : 0.0f,
-                                                  !DIAGONAL || r > c + 1 ? beta[half] * kk[j][2 * half + 1] * d.y : 0.0f);
+                d.x = __expf(r >= c ? log_between(to[half], {from[j].x, from[j].y}) : -200.0f);
+                d.y = __expf(r >= c + 1 ? log_between(to[half], {from[j].z, from[j].w}) : -200.0f);
+                *(float2 *)&a[r][c] = make_float2(r > c ? beta[half] * kk[j][2 * half] * d.x : 0.0f,
+                                                  r > c + 1 ? beta[half] * kk[j][2 * half + 1] * d.y : 0.0f);
                 uint32_t hi, lo;
-                split_bf16(!DIAGONAL || r >= c ? qk[j][2 * half] * d.x : 0.0f,
-                           !DIAGONAL || r >= c + 1 ? qk[j][2 * half + 1] * d.y : 0.0f, hi, lo);
+                split_bf16(r >= c ? qk[j][2 * half] * d.x : 0.0f, r >= c + 1 ? qk[j][2 * half + 1] * d.y : 0.0f, hi, lo);
                 store_pair(p_image, r, c, hi, lo);
             }
         }

@@ -467,13 +467,11 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
     const int kh = dn_key_head(h, p.Hk, p.Hv, p.head_map);
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int column = place.column_block * 64 + warp * 16 + 2 * g; // and the one after it
-    // Before anything is read that the previous kernel writes, and before any return: done is done for both.
-    wait_for_previous();
-    launch_next();
-    dn_sequence seq;
-    if (!dn_sequence_of(p, a.seq0 + place.sequence, seq)) return;
-    const ScanWalk walk = scan_walk<C, TRANSITION>(a, place);
-    if (!walk.begins && p.cu_seqlens && walk.count == 0) return;
+    // Where everything is, before the wait: the arguments lie in memory that is slow the first time, and what else says where
+    // is not the previous kernel's.
+    dn_sequence seq = {};
+    const bool there = dn_sequence_of(p, a.seq0 + place.sequence, seq);
+    const ScanWalk walk = there ? scan_walk<C, TRANSITION>(a, place) : ScanWalk{};
     const int first = walk.first, count = walk.count, slot = walk.slot;
 
     Scan<S, C, PARTS, IO> x{a, smem_raw, smem_address(smem_raw)};
@@ -487,6 +485,7 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
           (place.column_block * 64 + (threadIdx.x & 15) * 4) * p.v.nb[0];
     char *out = (char *)p.out.data + h * p.out.nb[1] + (token + 2 * t) * p.out.nb[2] + seq.b * p.out.nb[3] +
                 column * p.out.nb[0];
+    asm volatile("" : "+l"(x.kq), "+l"(x.th), "+l"(x.v), "+l"(out)); // not later
 
 #if DN_BULK_COPY
     const uint32_t bars = x.smem_at + M::BARS;
@@ -497,6 +496,10 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
     }
     __syncthreads();
 #endif
+    // Before anything is read that the previous kernel writes, and before any return: done is done for both.
+    wait_for_previous();
+    launch_next();
+    if (!there || !walk.begins && p.cu_seqlens && count == 0) return;
     if (count > 0) {
         x.fetch_tiles(0);
         x.fetch_v(0, 0);

@@ -42,7 +42,8 @@ __device__ inline void flush(void *dst, const void *src, int bytes) {
 #if DN_BULK_COPY
     if (threadIdx.x == 0) bulk_store(dst, smem_address(src), bytes);
 #else
-    for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16) *(uint4 *)((char *)dst + i) = *(const uint4 *)((const char *)src + i);
+    for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16)
+        *(uint4 *)((char *)dst + i) = *(const uint4 *)((const char *)src + i);
 #endif
 }
 
@@ -130,8 +131,8 @@ __device__ inline void stage_row(const dn_problem &p, const uint4 (&raw)[S / 16]
     }
 }
 
-// The usual rows, f32 in fours: a row's four threads have 64 neighbouring bytes at a time. `turn` changes their order, where banks
-// ask for it: see RowCopies.
+// The usual rows, f32 in fours: a row's four threads have 64 neighbouring bytes at a time. `turn` changes their order, where
+// banks ask for it: see RowCopies.
 template <int S>
 __device__ inline void load_row_f32(float4 (&x)[S / 16], const char *row, int turn, bool there) {
     const int part = threadIdx.x & 3;
@@ -260,8 +261,8 @@ struct Prepare {
         for (int e = 0; e < 4; e++) store_pair(image, i * 16 + (e >> 1) * 8 + g, j * 16 + (e & 1) * 8 + 2 * t, 0, 0);
     }
 
-    // A warp's gates and betas of one head as they are in memory, of OWN tokens in a row to a lane; no decay and nothing written
-    // past the last token.
+    // A warp's gates and betas of one head as they are in memory, of OWN tokens in a row to a lane; no decay and nothing
+    // written past the last token.
     struct Gates {
         float gate[OWN], beta[OWN];
         __device__ void load(const dn_problem &p, const char *gb, const char *bb, int tokens) {
@@ -311,11 +312,11 @@ struct Prepare {
         }
     }
 
-    // A warp's blocks of K K^T and Q K^T: of row tile `tile`, column blocks `parity` and every other one, N in all. Sums that are
-    // made at a time are as many as there can be, for a product waits for the one before it.
+    // A warp's blocks of K K^T and Q K^T: of row tile `tile`, column blocks `parity` and every other one, N in all. As many sums
+    // at a time as there are, for a product waits for the one before it.
     template <int N>
     __device__ static void products(Smem &sm, int tile, int parity, float (&kk)[OWN][2][4], float (&qk)[OWN][2][4]) {
-        constexpr int PART = C * S * 2;
+        constexpr int PART = L::KQ_PART;
         const uint32_t keys = smem_address(sm.image.k[0]), queries = smem_address(sm.image.q[0]);
         const int lane = threadIdx.x & 31, a_row = tile * 16 + (lane & 15), a_col = (lane >> 4) * 8;
         const int b_row = parity * 16 + (lane & 7) + ((lane >> 4) << 3), b_col = ((lane >> 3) & 1) * 8;
@@ -434,7 +435,8 @@ struct Prepare {
                 mma_split(x[i], yh, yl, bh, bl);
             }
 #pragma unroll
-            for (int e = 0; e < 4; e++) split_bf16(x[i][e >> 1][(e & 1) * 2], x[i][e >> 1][(e & 1) * 2 + 1], xh[i][e], xl[i][e]);
+            for (int e = 0; e < 4; e++)
+                split_bf16(x[i][e >> 1][(e & 1) * 2], x[i][e >> 1][(e & 1) * 2 + 1], xh[i][e], xl[i][e]);
         }
         const float beta[2] = {sm.beta[i_head][j * 16 + g], sm.beta[i_head][j * 16 + 8 + g]};
 #pragma unroll
@@ -549,9 +551,7 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     flush_wait_read();
     __syncthreads(); // the images' place is free
 #pragma unroll 1
-    for (int i = 0; i < pair; i++) {
-        X::decays(sm, i, tile, parity, kk, qk, sm.solve.images[i] + L::T);
-    }
+    for (int i = 0; i < pair; i++) X::decays(sm, i, tile, parity, kk, qk, sm.solve.images[i] + L::T);
     async_proxy_fence();
     __syncthreads();
     const auto images_of = [&](int e) { return (unsigned char *)a.th + ((int64_t)slot * p.Hv + head(e)) * L::TH; };

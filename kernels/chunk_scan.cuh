@@ -41,6 +41,26 @@ __device__ inline int lane_here() {
     return lane;
 }
 
+#if !DN_WGMMA
+// acc += A B for one k-step and 16 columns, B at `at` in a tile image, its low part `part` bytes on. TRANS: B's columns lie
+// along the rows there.
+template <int PARTS, bool TRANS>
+__device__ inline void mma_step(float (*acc)[4], const uint32_t (&ah)[4], const uint32_t (&al)[4], uint32_t at, int part) {
+    const auto load = [](uint32_t(&b)[4], uint32_t from) { TRANS ? ldmatrix4_trans(b, from) : ldmatrix4(b, from); };
+    uint32_t bh[4], bl[4];
+    load(bh, at);
+    if (PARTS == 2) load(bl, at + part);
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        if (PARTS == 2) {
+            mma_bf16(acc[j], al, bh[2 * j], bh[2 * j + 1]);
+            mma_bf16(acc[j], ah, bl[2 * j], bl[2 * j + 1]);
+        }
+        mma_bf16(acc[j], ah, bh[2 * j], bh[2 * j + 1]);
+    }
+}
+#endif
+
 // acc[rows][n] (+)= A[rows][k] B[k][n], with B held k-contiguous ([n][k], as K, Q): k-steps KS0 to KS1 of S / 16.
 template <int S, int C, int PARTS, int KS0, int KS1>
 __device__ inline void product_rows(float (&acc)[C / 8][4], const uint32_t (&ah)[S / 16][4],
@@ -67,20 +87,8 @@ __device__ inline void product_rows(float (&acc)[C / 8][4], const uint32_t (&ah)
 #pragma unroll
     for (int ks = KS0; ks < KS1; ks++) {
 #pragma unroll
-        for (int n = 0; n < C / 16; n++) {
-            uint32_t bh[4], bl[4];
-            const uint32_t at = tile + L::kq_offset(n * 16 + row, ks * 16 + col);
-            ldmatrix4(bh, at);
-            if (PARTS == 2) ldmatrix4(bl, at + L::KQ_PART);
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                if (PARTS == 2) {
-                    mma_bf16(acc[2 * n + j], al[ks], bh[2 * j], bh[2 * j + 1]);
-                    mma_bf16(acc[2 * n + j], ah[ks], bl[2 * j], bl[2 * j + 1]);
-                }
-                mma_bf16(acc[2 * n + j], ah[ks], bh[2 * j], bh[2 * j + 1]);
-            }
-        }
+        for (int n = 0; n < C / 16; n++)
+            mma_step<PARTS, false>(&acc[2 * n], ah[ks], al[ks], tile + L::kq_offset(n * 16 + row, ks * 16 + col), L::KQ_PART);
     }
 #endif
 }
@@ -119,20 +127,8 @@ __device__ inline void product_triangle(float (&acc)[C / 8][4], const uint32_t (
 #pragma unroll
     for (int s = 0; s < C / 16; s++) {
 #pragma unroll
-        for (int n = s; n < C / 16; n++) {
-            uint32_t bh[4], bl[4];
-            const uint32_t at = tile + L::t_offset(n * 16 + row, s * 16 + col);
-            ldmatrix4(bh, at);
-            if (PARTS == 2) ldmatrix4(bl, at + L::T_PART);
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                if (PARTS == 2) {
-                    mma_bf16(acc[2 * n + j], al[s], bh[2 * j], bh[2 * j + 1]);
-                    mma_bf16(acc[2 * n + j], ah[s], bl[2 * j], bl[2 * j + 1]);
-                }
-                mma_bf16(acc[2 * n + j], ah[s], bh[2 * j], bh[2 * j + 1]);
-            }
-        }
+        for (int n = s; n < C / 16; n++)
+            mma_step<PARTS, false>(&acc[2 * n], ah[s], al[s], tile + L::t_offset(n * 16 + row, s * 16 + col), L::T_PART);
     }
 #endif
 }
@@ -165,20 +161,8 @@ __device__ inline void product_columns(float (&acc)[S / 8][4], const uint32_t (&
 #pragma unroll
     for (int s = 0; s < C / 16; s++) {
 #pragma unroll
-        for (int n = 0; n < S / 16; n++) {
-            uint32_t bh[4], bl[4];
-            const uint32_t at = tile + L::kq_offset(s * 16 + row, n * 16 + col);
-            ldmatrix4_trans(bh, at);
-            if (PARTS == 2) ldmatrix4_trans(bl, at + L::KQ_PART);
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                if (PARTS == 2) {
-                    mma_bf16(acc[2 * n + j], al[s], bh[2 * j], bh[2 * j + 1]);
-                    mma_bf16(acc[2 * n + j], ah[s], bl[2 * j], bl[2 * j + 1]);
-                }
-                mma_bf16(acc[2 * n + j], ah[s], bh[2 * j], bh[2 * j + 1]);
-            }
-        }
+        for (int n = 0; n < S / 16; n++)
+            mma_step<PARTS, true>(&acc[2 * n], ah[s], al[s], tile + L::kq_offset(s * 16 + row, n * 16 + col), L::KQ_PART);
     }
 #endif
 }
@@ -403,7 +387,8 @@ __device__ inline ScanWalk scan_walk(const dn_chunk_args &a, const ScanPlace &at
         for (int i = 0; i < b; i++) base += chunks_of<C>(a, i);
         const int first = max(a.chunk0 - base, 0), end = a.chunk0 + a.nchunks;
         const int count = max(min(base + all, end) - (base + first), 0);
-        return {first, count, base + first - a.chunk0, base >= a.chunk0 && base < end, base + all <= end, a.carry_in, a.carry_out};
+        const bool begins = base >= a.chunk0 && base < end;
+        return {first, count, base + first - a.chunk0, begins, base + all <= end, a.carry_in, a.carry_out};
     }
     const auto slot_of = [&](int slot) { return slot * a.nseq + at.sequence; };
     const int first = a.chunk0 + at.piece * a.per_piece;

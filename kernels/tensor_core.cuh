@@ -141,8 +141,8 @@ __device__ inline void bulk_copy(uint32_t dst, const void *src, int bytes, uint3
                  : "memory");
 }
 __device__ inline void bulk_copy(uint32_t dst, const void *src, int bytes, uint32_t bar, uint64_t policy) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-                     dst),
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1], %2, [%3], %4;" ::"r"(dst),
                  "l"(src), "r"(bytes), "r"(bar), "l"(policy)
                  : "memory");
 }

@@ -230,10 +230,10 @@ impl Case {
         self.bound + if tiny { 2f64.powi(-50) / square } else { 0.0 }
     }
 
-    /// Panics where a result is further from the oracle's than rounding explains: f32 states by `state`, outputs by that or by
-    /// what their type costs, and by more where they are small differences. `by` says whose result it is.
+    /// Panics where a result is further from the oracle's than rounding explains: f32 states by `state`, outputs by that, or
+    /// more where they are small differences, or by what their type costs. `by` says whose result it is.
     pub fn assert_near(&self, nmse: &Nmse, expected: &Expected, state: f64, by: &str) {
-        let out = self.out_bound(expected).max(state) * (expected.out_cancellation() / 8.0).max(1.0);
+        let out = self.out_bound(expected).max(state * (expected.out_cancellation() / 8.0).max(1.0));
         assert!(nmse.out <= out && nmse.state <= state, "{nmse:?}, bounds {out:e} {state:e}, {by}: {}", self.words);
     }
 

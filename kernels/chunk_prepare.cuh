@@ -175,7 +175,7 @@ struct RowCopies {
 #endif
     // Of two neighbouring rows one is read from 64 bytes on where the other is from 0, and of four in a row no two are written
     // to the same 32 bytes of a line.
-    __device__ static int turn(int row) { return USED && row & 1 ? 3 : 0; }
+    __device__ static int turn(int row) { return row & 1 ? 3 : 0; }
     __device__ static void begin(uint64_t (&arrived)[2]) {
 #if DN_BULK_COPY
         if (threadIdx.x < 2) mbarrier_init(smem_address(&arrived[threadIdx.x]), 1);
@@ -200,19 +200,6 @@ struct RowCopies {
 #endif
     }
 };
-
-// acc += a b for two n-tiles.
-__device__ inline void mma_pair(float (&acc)[2][4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
-    mma_bf16(acc[0], a, b[0], b[1]);
-    mma_bf16(acc[1], a, b[2], b[3]);
-}
-// In three products; the small ones first.
-__device__ inline void mma_split(float (&acc)[2][4], const uint32_t (&ah)[4], const uint32_t (&al)[4],
-                                 const uint32_t (&bh)[4], const uint32_t (&bl)[4]) {
-    mma_pair(acc, al, bh);
-    mma_pair(acc, ah, bl);
-    mma_pair(acc, ah, bh);
-}
 
 // The operand B = M^T for a 16 x 16 block of f32 in shared memory, rows ROW floats apart.
 template <int ROW>
@@ -426,13 +413,13 @@ struct Prepare {
                     if (k < j) continue;
                     uint32_t bh[4], bl[4];
                     transposed_operand<C + 4>(bh, bl, &sm.solve.a[i_head][i * 16][k * 16]);
-                    mma_split(y, xh[k], xl[k], bh, bl);
+                    mma_split<2>(y, xh[k], xl[k], bh, bl);
                 }
                 uint32_t yh[4], yl[4], bh[4], bl[4];
 #pragma unroll
                 for (int e = 0; e < 4; e++) split_bf16(-y[e >> 1][(e & 1) * 2], -y[e >> 1][(e & 1) * 2 + 1], yh[e], yl[e]);
                 transposed_operand<24>(bh, bl, &sm.solve.diagonal[i_head][i][0][0]);
-                mma_split(x[i], yh, yl, bh, bl);
+                mma_split<2>(x[i], yh, yl, bh, bl);
             }
 #pragma unroll
             for (int e = 0; e < 4; e++)

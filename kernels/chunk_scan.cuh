@@ -50,14 +50,7 @@ __device__ inline void mma_step(float (*acc)[4], const uint32_t (&ah)[4], const 
     uint32_t bh[4], bl[4];
     load(bh, at);
     if (PARTS == 2) load(bl, at + part);
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-        if (PARTS == 2) {
-            mma_bf16(acc[j], al, bh[2 * j], bh[2 * j + 1]);
-            mma_bf16(acc[j], ah, bl[2 * j], bl[2 * j + 1]);
-        }
-        mma_bf16(acc[j], ah, bh[2 * j], bh[2 * j + 1]);
-    }
+    mma_split<PARTS>(acc, ah, al, bh, bl);
 }
 #endif
 

@@ -72,6 +72,22 @@ __device__ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// acc += a b for two n-tiles.
+__device__ inline void mma_pair(float (*acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+    mma_bf16(acc[0], a, b[0], b[1]);
+    mma_bf16(acc[1], a, b[2], b[3]);
+}
+// The same in three products, the small ones first; in the high parts' alone for PARTS = 1.
+template <int PARTS>
+__device__ inline void mma_split(float (*acc)[4], const uint32_t (&ah)[4], const uint32_t (&al)[4], const uint32_t (&bh)[4],
+                                 const uint32_t (&bl)[4]) {
+    if (PARTS == 2) {
+        mma_pair(acc, al, bh);
+        mma_pair(acc, ah, bl);
+    }
+    mma_pair(acc, ah, bh);
+}
+
 // An 8 x 8 matrix of 16-bit entries, a row to four lanes, transposed in place.
 __device__ inline uint32_t transpose8x8(uint32_t x) {
     uint32_t r;

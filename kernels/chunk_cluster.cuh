@@ -20,14 +20,14 @@ struct ClusterSmem {
     static constexpr int T = L::KQ, P = T + L::T, VEC = P + L::T;
     static constexpr int STAGE = (VEC + L::VEC + 1023) / 1024 * 1024;
     static constexpr int ROW = COLS * 4, V = 2 * STAGE, O = V + 2 * C * ROW;
-    static constexpr int BARS = O + C * ROW, EMPTY = 56, SCRATCH = BARS + 2 * EMPTY, BYTES = SCRATCH + 16;
+    static constexpr int BARS = O + C * ROW, EMPTY = 64, SCRATCH = BARS + 2 * EMPTY, BYTES = SCRATCH + 16;
     // Byte of a row of V or O. The four pairs of rows that a warp's lanes have in their hands lie in banks of their own.
     __device__ static int row_offset(int row, int byte) { return row * ROW + (byte ^ (((row >> 1) & 3) << 5)); }
 };
 // What has an mbarrier for being there, and EMPTY bytes on one for being read: K and Q of both stages; T and P; V and the decay
-// vectors; O. Tiles are read in all blocks of the cluster. (Named barriers would do for V and O, but racecheck loses count of
-// them.)
-enum ClusterPlace { PLACE_KQ = 0, PLACE_TH = 2, PLACE_V = 4, PLACE_O = 6, PLACES = 7 };
+// vectors; O. Tiles are read in all blocks of the cluster. The first chunk's K has one of its own, for being there. (Named
+// barriers would do for V and O, but racecheck loses count of them.)
+enum ClusterPlace { PLACE_KQ = 0, PLACE_TH = 2, PLACE_V = 4, PLACE_O = 6, PLACE_FIRST_K = 7, PLACES = 8 };
 
 #if DN_WGMMA
 
@@ -120,8 +120,7 @@ struct ClusterHelp {
     // thread.
     __device__ void tiles(const unsigned char *kq, const unsigned char *th, int64_t kq_step, int64_t th_step) const {
         const uint32_t rank = cluster_rank();
-        const auto fetch = [&](int place, int use, int dst, const unsigned char *src, int bytes) {
-            wait_read(place, use);
+        const auto fetch = [&](int place, int dst, const unsigned char *src, int bytes) {
             mbarrier_expect(full(place), bytes);
             bytes /= M::BLOCKS;
             bulk_multicast(at + dst + rank * bytes, src + rank * bytes, bytes, full(place), (1 << M::BLOCKS) - 1);
@@ -129,8 +128,13 @@ struct ClusterHelp {
 #pragma unroll 1
         for (int c = 0; c < count; c++) {
             const int stage = c & 1;
-            fetch(PLACE_KQ + stage, c >> 1, stage * M::STAGE, kq, L::KQ);
-            fetch(PLACE_TH + stage, c >> 1, stage * M::STAGE + M::T, th, 2 * L::T);
+            wait_read(PLACE_KQ + stage, c >> 1);
+            if (c == 0) fetch(PLACE_FIRST_K, 0, kq, L::KQ / 2);
+            const int had = c == 0 ? L::KQ / 2 : 0;
+            fetch(PLACE_KQ + stage, stage * M::STAGE + had, kq + had, L::KQ - had);
+            wait_read(PLACE_TH + stage, c >> 1);
+            fetch(PLACE_TH + stage, stage * M::STAGE + M::T, th, 2 * L::T);
+            if (c == 0) mbarrier_wait(full(PLACE_TH), 0); // the whole device begins now: first chunks first
             kq += kq_step;
             th += th_step;
         }
@@ -144,14 +148,17 @@ struct ClusterHelp {
         const int64_t token = p.v.nb[2];
         const uint64_t once = evict_first();
         src += (lane >> 3) * token + part * 4 * p.v.nb[0];
-#pragma unroll 1
-        for (int c = 0; c < count; c++, left -= C) {
-            const int stage = c & 1;
-            wait_read(PLACE_V + stage, c >> 1);
+        const auto decays = [&](int stage) {
             const int vector = stage * M::STAGE + M::VEC + lane * 16;
             if (IO == IO_F32) cp_async<16>(at + vector, vectors + lane * 16);
             else *(uint4 *)(smem + vector) = __ldcg((const uint4 *)(vectors + lane * 16));
             vectors += step;
+        };
+#pragma unroll 1
+        for (int c = 0; c < count; c++, left -= C) {
+            const int stage = c & 1;
+            wait_read(PLACE_V + stage, c >> 1);
+            if (c > 0) decays(stage);
 #pragma unroll 4
             for (int i = 0; i < C / 4; i++, src += 4 * token) {
                 const int row = i * 4 + (lane >> 3), to = M::V + M::row_offset(stage * C + row, part * 16);
@@ -161,6 +168,10 @@ struct ClusterHelp {
                     *(float4 *)(smem + to) =
                         row < left ? dn_load4(p.v, src, 0, p.dtype_v, p.flags & DN_VEC_V) : make_float4(0, 0, 0, 0);
                 }
+            }
+            if (c == 0) { // V is the caller's, decays are stage 1's
+                wait_for_previous();
+                decays(stage);
             }
             if (IO == IO_F32) mbarrier_arrive_copied(full(PLACE_V + stage));
             else mbarrier_arrive(full(PLACE_V + stage));
@@ -232,6 +243,7 @@ __device__ inline void chunk_cluster(const dn_chunk_args &a) {
             mbarrier_init(full(place), 32);
             mbarrier_init(full(place) + M::EMPTY, 32 * M::WARPS);
         }
+        mbarrier_init(full(PLACE_FIRST_K), 1);
         mbarrier_init(full(PLACE_O), 32 * M::WARPS);
         mbarrier_init(full(PLACE_O) + M::EMPTY, 32 * 2);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -253,8 +265,9 @@ __device__ inline void chunk_cluster(const dn_chunk_args &a) {
     char *out = column_of(p.out);
     StateAt begin = walk.begins ? state_at(p, p.state_in, h, seq.row_in) : carry_at<S>(a, walk.carry_in, h);
     asm volatile("" : "+l"(kq), "+l"(th), "+l"(v), "+l"(out), "+l"(begin.base)); // not later
-    // The first slab's stage 1 has waited for the caller's kernel before it let this one start: states may be read at once.
-    const bool early = a.waits == WAITS_FIRST && warp < M::WARPS;
+    // Stage 1 has waited for the kernel before it, the caller's or the scan before, and then let this one start: states may be
+    // read at once. (Not so where it runs beside the scan before.) V may in any case.
+    const bool early = warp < M::WARPS ? a.waits != WAITS_NOT : warp == M::WARPS + 1;
     if (!early) wait_for_previous();
     launch_next();
     if (!there || !walk.begins && p.cu_seqlens && count == 0) return;
@@ -300,10 +313,11 @@ __device__ inline void chunk_cluster(const dn_chunk_args &a) {
                 x[n] = *(const float2 *)(smem_raw + stage * M::STAGE + M::VEC + which * C * 4 + (n * 8 + 2 * t) * 4);
         };
         float acc[8][4], o[8][4];
-        mbarrier_wait(full(PLACE_KQ + stage), phase);
+        mbarrier_wait(full(c > 0 ? PLACE_KQ + stage : PLACE_FIRST_K), phase);
         wgmma_fence();
         cluster_rows<S, PARTS, 0, S / 16>(acc, state, k);
         wgmma_commit();
+        if (c == 0) mbarrier_wait(full(PLACE_KQ), 0);
         cluster_rows<S, PARTS, 0, FIRST>(o, state, q);
         wgmma_commit();
         float2 gamma[8];

@@ -455,7 +455,9 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     using Copies = RowCopies<S, C>;
     if (Copies::USED) Copies::begin(sm.arrived);
     if (a.waits == WAITS_FIRST) wait_for_previous();
-    launch_next();
+    // The scan that follows begins with states, of the caller or of the scan before: it must not start before those are there.
+    const bool to_store = a.waits == WAITS_TO_STORE;
+    if (!to_store) launch_next();
     const bool first = (blockIdx.x | blockIdx.y | blockIdx.z) == 0;
     int b, chunk, slot;
     dn_sequence seq;
@@ -465,19 +467,19 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     }
     const int tokens = min(C, seq.len - a.tail - chunk * C);
     const int64_t token = (int64_t)seq.start + (int64_t)chunk * C;
-    const int kh = dn_quotient(blockIdx.y, a.pairs);
+    const int kh = dn_quotient(blockIdx.y, a.shares);
     const char *const k0 = (const char *)p.k.data + kh * p.k.nb[1] + token * p.k.nb[2] + seq.bq * p.k.nb[3];
     const char *const q0 = (const char *)p.q.data + kh * p.q.nb[1] + token * p.q.nb[2] + seq.bq * p.q.nb[3];
     const bool vk = p.flags & DN_VEC_K, vq = p.flags & DN_VEC_Q;
     const bool usual = vk && vq && p.dtype_k == DN_F32 && p.dtype_q == DN_F32;
     unsigned char *const k_rows = smem_raw, *const q_rows = k_rows + C * S * 4;
     if (Copies::USED && usual) {
-        const bool once = a.pairs == 1 && p.T - a.tail > a.nchunks * C; // of a prompt of several slabs
+        const bool once = a.shares == 1 && p.T - a.tail > a.nchunks * C; // of a prompt of several slabs
         Copies::fetch(k_rows, sm.arrived[0], k0, p.k.nb[2], tokens, once);
         Copies::fetch(q_rows, sm.arrived[1], q0, p.q.nb[2], tokens, once);
     }
 
-    const int rep = dn_quotient(p.Hv, p.Hk), r0 = (blockIdx.y - kh * a.pairs) * 2, pair = min(2, rep - r0);
+    const int rep = dn_quotient(p.Hv, p.Hk), r0 = (blockIdx.y - kh * a.shares) * a.share, pair = min(a.share, rep - r0);
     const auto head = [&](int i) { return p.head_map ? kh * rep + r0 + i : kh + p.Hk * (r0 + i); };
     typename X::Gates raw_gates;
     if (warp < pair) { // on their way now, waited for last
@@ -516,7 +518,10 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
         }
     }
     async_proxy_fence();
-    if (a.waits == WAITS_TO_STORE) wait_for_previous();
+    if (to_store) {
+        wait_for_previous();
+        launch_next();
+    }
     __syncthreads();
     if (r0 == 0) {
         unsigned char *out = (unsigned char *)a.kq + ((int64_t)slot * p.Hk + kh) * L::KQ;

@@ -19,7 +19,7 @@ typedef struct {
                                  // most, one in all. Piece q > 0 of a slab has slot 1 + q.
     int32_t waits;               // when stage 1 waits for the kernel before it: WAITS_*
     int32_t pieces, per_piece;   // of this slab's chunks that are scanned side by side, and chunks of one; 1: in one go
-    int32_t pairs;               // of a key head's value heads, the last one maybe alone
+    int32_t shares, share;       // blocks of stage 1 for a chunk of a key head, and value heads of one: 1 or 2
 } dn_chunk_args;
 static_assert(sizeof(dn_chunk_args) == 600, "chunk args");
 

@@ -85,5 +85,5 @@ DN_SIZES(128, 32, 2, 34064, 100384, 32768, 8448)
 DN_SIZES(128, 32, 1, 24848, 59424, 16384, 4352)
 DN_SIZES(64, 32, 2, 33040, 67616, 16384, 8448)
 DN_SIZES(64, 32, 1, 24848, 43040, 8192, 4352)
-static_assert(ClusterSmem<128, 2>::BYTES == 223360 && ClusterSmem<128, 1>::BYTES == 125056 &&
-              ClusterSmem<64, 2>::BYTES == 157824 && ClusterSmem<64, 1>::BYTES == 92288, "sizes");
+static_assert(ClusterSmem<128, 2>::BYTES == 223376 && ClusterSmem<128, 1>::BYTES == 125072 &&
+              ClusterSmem<64, 2>::BYTES == 157840 && ClusterSmem<64, 1>::BYTES == 92304, "sizes");

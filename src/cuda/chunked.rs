@@ -31,6 +31,8 @@ const CLUSTER_THREADS: usize = 256;
 /// Chunks that a device must be able to prepare at a time beside a scan in clusters. With less room the two take turns, which
 /// needs one buffer, so that slabs are larger.
 const BESIDE: usize = 8;
+/// Value heads of a block of `prepare`, where not every head's has a multiprocessor to itself.
+const SHARE: usize = 2;
 /// Blocks that fill a large device: as many sequences go into a slab.
 const FULL: usize = 128;
 /// Blocks of a scan up to which a slab is cut into pieces: with more, the work for that is more than what it saves.
@@ -67,7 +69,8 @@ pub(crate) struct ChunkArgs {
     waits: i32,
     pieces: i32,
     per_piece: i32,
-    pairs: i32,
+    shares: i32,
+    share: i32,
 }
 const _: () = assert!(size_of::<ChunkArgs>() == 600);
 
@@ -200,13 +203,13 @@ impl Shape {
         problem.key_heads() * self.kq() + problem.value_heads() * self.th()
     }
 
-    /// Pairs of value heads of a key head.
-    fn pairs(&self, problem: &Problem) -> usize {
-        (problem.value_heads() / problem.key_heads()).div_ceil(2)
+    /// Blocks of `prepare` for a chunk of one sequence and key head, each for `share` of its value heads.
+    fn shares(&self, problem: &Problem, share: usize) -> usize {
+        (problem.value_heads() / problem.key_heads()).div_ceil(share)
     }
     /// Blocks of `prepare` for a chunk of one sequence.
     fn prepare_blocks(&self, problem: &Problem) -> usize {
-        problem.key_heads() * self.pairs(problem)
+        problem.key_heads() * self.shares(problem, SHARE)
     }
 
     /// Chunks of one sequence that so many multiprocessors prepare at a time.
@@ -229,7 +232,7 @@ impl Shape {
     }
     /// The same of a scan in clusters.
     fn cluster_shared(&self) -> usize {
-        self.stages() + 3 * self.chunk * CLUSTER_COLUMNS * 4 + 128
+        self.stages() + 3 * self.chunk * CLUSTER_COLUMNS * 4 + 144
     }
 }
 
@@ -413,6 +416,7 @@ impl Chunked {
             slabs: groups * chunks.div_ceil(per_slab),
             ragged,
             pieces,
+            processors: device.processors,
             few: self.pieces > 1,
             prepare: first_function + shape.index() * KINDS,
             clusters,
@@ -439,7 +443,8 @@ impl Chunked {
                 waits: 0,
                 pieces: 1,
                 per_piece: 0,
-                pairs: shape.pairs(problem) as i32,
+                shares: 0,
+                share: 0,
             },
             next: 0,
         }
@@ -472,6 +477,7 @@ pub(crate) struct Launches<'a> {
     slabs: usize,
     ragged: bool,
     pieces: usize,
+    processors: usize,
     /// Whether the blocks are so few that they find room beside a caller's kernel.
     few: bool,
     /// Whether scans are in clusters.
@@ -497,6 +503,9 @@ impl Launches<'_> {
         let two = self.ragged || self.pieces > 1;
         let per_piece =
             if self.pieces > 1 && nchunks >= CUT { nchunks.div_ceil(self.pieces).max(PIECE) } else { nchunks };
+        // A block with one head is done earlier.
+        let alone = nchunks * if self.ragged { 1 } else { nseq } * self.problem.value_heads() <= self.processors;
+        let share = if alone { 1 } else { SHARE };
         ChunkArgs {
             kq: self.kq.wrapping_byte_add(first * self.problem.key_heads() * self.shape.kq()),
             th: self.th.wrapping_byte_add(first * self.problem.value_heads() * self.shape.th()),
@@ -513,6 +522,8 @@ impl Launches<'_> {
             },
             pieces: nchunks.div_ceil(per_piece) as i32,
             per_piece: per_piece as i32,
+            shares: self.shape.shares(self.problem, share) as i32,
+            share: share as i32,
             ..self.arguments
         }
     }
@@ -522,7 +533,11 @@ impl Launches<'_> {
         let sequences = if self.ragged { 1 } else { arguments.nseq };
         Launch {
             function: self.prepare,
-            grid: [arguments.nchunks as u32, self.shape.prepare_blocks(self.problem) as u32, sequences as u32],
+            grid: [
+                arguments.nchunks as u32,
+                self.problem.key_heads() as u32 * arguments.shares as u32,
+                sequences as u32,
+            ],
             threads: 4 * self.shape.chunk as u32,
             shared: self.shape.prepare_shared() as u32,
             // The first has to wait for all that came before the call. Launched ahead it would do so two blocks to a
@@ -714,7 +729,7 @@ mod tests {
         let cluster = |head_size, parts| Shape { head_size, chunk: 64, parts }.cluster_shared();
         assert_eq!(
             [cluster(128, 2), cluster(128, 1), cluster(64, 2), cluster(64, 1)],
-            [223_360, 125_056, 157_824, 92_288]
+            [223_376, 125_072, 157_840, 92_304]
         );
         assert!(fits(&HOPPER) && fits(&ADA) && !fits(&Abilities { shared: 65536, ..ADA }));
         assert_eq!(shared_sizes().count(), NAMES.len());

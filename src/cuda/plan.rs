@@ -3,6 +3,7 @@
 use super::abi::{DnFast, DnProblem};
 use super::chunked::{ChunkArgs, Chunked};
 use crate::error::{Error, Result, Status};
+use crate::params::Precision;
 use crate::problem::Problem;
 use std::ffi::{CStr, c_void};
 use std::fmt;
@@ -39,11 +40,29 @@ pub(crate) static SHAPES: &[Shape] = include!(concat!(env!("OUT_DIR"), "/recurre
 /// Tokens a sequence from which the kernel for windows is faster than the one that goes token by token.
 const WINDOWED: usize = 5;
 
-/// Tokens a sequence from which the chunked kernels are faster than the token-serial ones. Those in windows come closer,
-/// as long as their blocks are all on the device at once: up to two on each multiprocessor of a large one.
+/// Tokens a sequence from which the chunked kernels are faster than the token-serial ones.
 pub(super) const PROMPT: usize = 48;
-const PROMPT_OF_FEW: usize = 112;
-const FEW_BLOCKS: usize = 264;
+
+/// The same beside the kernel for windows with `blocks` blocks, for sequences of about `tokens`. Chunks are whole, and a second
+/// one takes as long as another fifteen tokens in windows.
+fn prompt_beside_windows(blocks: usize, tokens: usize, precision: Precision) -> usize {
+    /// Blocks that have a multiprocessor each on a large device, and those that are on it at once.
+    const ALONE: usize = 132;
+    const AT_ONCE: usize = 264;
+    let (one_chunk, two_chunks) = match precision {
+        Precision::Bf16 => (49, 65),
+        _ => (60, 75),
+    };
+    if blocks > AT_ONCE {
+        57
+    } else if blocks > ALONE {
+        PROMPT
+    } else if tokens <= 64 {
+        one_chunk
+    } else {
+        two_chunks
+    }
+}
 
 /// Tokens that a general kernel stages in shared memory at a time.
 const TILE: usize = 8;
@@ -167,7 +186,7 @@ impl Plan {
             arguments,
         };
         let prompt = match shape.kind {
-            Kind::Window if grid[0] * heads * problem.sequences() <= FEW_BLOCKS => PROMPT_OF_FEW,
+            Kind::Window => prompt_beside_windows(grid[0] * heads * problem.sequences(), length, problem.precision()),
             _ => PROMPT,
         };
         let chunked = Chunked::new(problem, prompt);

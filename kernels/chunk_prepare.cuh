@@ -454,10 +454,10 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     using Copies = RowCopies<S, C>;
     if (Copies::USED) Copies::begin(sm.arrived);
-    if (a.waits == WAITS_FIRST) wait_for_previous();
     // The scan that follows begins with states, of the caller or of the scan before: it must not start before those are there.
-    const bool to_store = a.waits == WAITS_TO_STORE;
-    if (!to_store) launch_next();
+    const bool at_first = a.waits == WAITS_FIRST, to_store = a.waits == WAITS_TO_STORE;
+    if (at_first && (p.cu_seqlens || p.rows_in)) wait_for_previous(); // what says where everything is
+    if (a.waits == WAITS_NOT) launch_next();
     const bool first = (blockIdx.x | blockIdx.y | blockIdx.z) == 0;
     int b, chunk, slot;
     dn_sequence seq;
@@ -472,6 +472,10 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     const char *const q0 = (const char *)p.q.data + kh * p.q.nb[1] + token * p.q.nb[2] + seq.bq * p.q.nb[3];
     const bool vk = p.flags & DN_VEC_K, vq = p.flags & DN_VEC_Q;
     const bool usual = vk && vq && p.dtype_k == DN_F32 && p.dtype_q == DN_F32;
+    if (at_first) {
+        wait_for_previous();
+        launch_next();
+    }
     unsigned char *const k_rows = smem_raw, *const q_rows = k_rows + C * S * 4;
     if (Copies::USED && usual) {
         const bool once = a.shares == 1 && p.T - a.tail > a.nchunks * C; // of a prompt of several slabs

@@ -23,7 +23,7 @@ typedef struct {
 } dn_chunk_args;
 static_assert(sizeof(dn_chunk_args) == 600, "chunk args");
 
-// A call's first launch waits before all else: the inputs are the kernel's before it. One that shares its buffer with the
+// A call's first launch waits before it reads: the inputs are the kernel's before it. One that shares its buffer with the
 // scan before it waits before it stores.
 enum { WAITS_NOT = 0, WAITS_FIRST = 1, WAITS_TO_STORE = 2 };
 

@@ -456,7 +456,7 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     if (Copies::USED) Copies::begin(sm.arrived);
     // The scan that follows begins with states, of the caller or of the scan before: it must not start before those are there.
     const bool at_first = a.waits == WAITS_FIRST, to_store = a.waits == WAITS_TO_STORE;
-    if (at_first && (p.cu_seqlens || p.rows_in)) wait_for_previous(); // what says where everything is
+    if (at_first && (p.cu_seqlens || p.rows_in || p.rows_out)) wait_for_previous(); // what says where everything is
     if (a.waits == WAITS_NOT) launch_next();
     const bool first = (blockIdx.x | blockIdx.y | blockIdx.z) == 0;
     int b, chunk, slot;

@@ -616,7 +616,7 @@ impl Iterator for Launches<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::plan::PROMPT;
+    use crate::cuda::plan::{PROMPT, Plan};
     use crate::params::Params;
     use crate::problem::Place;
     use crate::tensor::Tensor;
@@ -896,5 +896,32 @@ mod tests {
         let tail =
             |snapshots, skip| Chunked::new(&Case { snapshots, skip, ..CASE }.problem(), PROMPT).expect("a prompt").tail;
         assert_eq!([tail(0, 0), tail(1, 0), tail(1, 1), tail(4, 0), tail(4, 1)], [0, 0, 2, 4, 5]);
+    }
+
+    #[test]
+    fn windows_keep_what_they_are_faster_for() {
+        let chunked = |case: &Case| Plan::new(&case.problem()).expect("a plan").chunked.is_some();
+        let exact = |t| chunked(&Case { t, ..CASE });
+        assert!(!exact(54) && exact(55) && exact(64) && !exact(65) && !exact(67) && exact(68));
+        let bf16 = |t| chunked(&Case { t, precision: Precision::Bf16, ..CASE });
+        assert!(!bf16(47) && bf16(48) && bf16(65));
+        let batch = |b, t| chunked(&Case { b, t, ..CASE });
+        assert!(!batch(2, 47) && batch(2, 48) && !batch(8, 56) && batch(8, 57));
+    }
+
+    #[test]
+    fn blocks_that_fit_have_a_multiprocessor_each() {
+        /// Shared memory of one, and what of it goes with every block.
+        const ALL: u32 = 228 << 10;
+        const EACH: u32 = 1 << 10;
+        for (t, together, share) in [(64, 1, 1), (256, 1, 1), (512, 1, 2), (1024, 2, 2)] {
+            for precision in [Precision::Exact, Precision::Bf16] {
+                let problem = Case { t, precision, ..CASE }.problem();
+                let first = &launches(&problem, &HOPPER).1[0];
+                assert_eq!(ALL / (first.shared + EACH), together, "{t} tokens");
+                assert_eq!(arguments(first).share, share);
+                assert_eq!(first.grid[1], 32 / share as u32);
+            }
+        }
     }
 }

@@ -504,9 +504,6 @@ impl Launches<'_> {
         let two = self.ragged || self.pieces > 1;
         let per_piece =
             if self.pieces > 1 && nchunks >= CUT { nchunks.div_ceil(self.pieces).max(PIECE) } else { nchunks };
-        // A block with one head is done earlier.
-        let alone = nchunks * if self.ragged { 1 } else { nseq } * self.problem.value_heads() <= self.processors;
-        let share = if alone { 1 } else { SHARE };
         ChunkArgs {
             kq: self.kq.wrapping_byte_add(first * self.problem.key_heads() * self.shape.kq()),
             th: self.th.wrapping_byte_add(first * self.problem.value_heads() * self.shape.th()),
@@ -523,25 +520,27 @@ impl Launches<'_> {
             },
             pieces: nchunks.div_ceil(per_piece) as i32,
             per_piece: per_piece as i32,
-            shares: self.shape.shares(self.problem, share) as i32,
-            share: share as i32,
             ..self.arguments
         }
     }
 
     fn launch_prepare(&self, slab: usize) -> Launch {
-        let arguments = self.slab(slab);
-        let sequences = if self.ragged { 1 } else { arguments.nseq };
-        let grid = [arguments.nchunks, self.problem.key_heads() as i32 * arguments.shares, sequences];
+        let mut arguments = self.slab(slab);
+        let chunks = arguments.nchunks as usize;
+        let sequences = if self.ragged { 1 } else { arguments.nseq as usize };
+        // A block with one head is done earlier.
+        let share = if chunks * sequences * self.problem.value_heads() <= self.processors { 1 } else { SHARE };
+        let shares = self.shape.shares(self.problem, share);
+        (arguments.shares, arguments.share) = (shares as i32, share as i32);
+        let grid = [chunks, self.problem.key_heads() * shares, sequences];
         // Launched ahead, blocks would share the first multiprocessors that the kernel before them leaves.
-        let alone = grid.iter().product::<i32>() as usize <= self.processors;
+        let alone = grid.iter().product::<usize>() <= self.processors;
         let shared = if alone { self.shape.prepare_alone_shared() } else { self.shape.prepare_shared() };
         Launch {
             function: self.prepare,
             grid: grid.map(|blocks| blocks as u32),
             threads: 4 * self.shape.chunk as u32,
             shared: shared as u32,
-            overlap: true,
             arguments: Arguments::Chunk(arguments),
         }
     }
@@ -553,7 +552,6 @@ impl Launches<'_> {
             grid: [(columns / COLUMNS) as u32, self.problem.value_heads() as u32, (arguments.nseq * pieces) as u32],
             threads: THREADS as u32,
             shared: self.shape.scan_shared() as u32,
-            overlap: true,
             arguments: Arguments::Chunk(arguments),
         }
     }
@@ -585,7 +583,6 @@ impl Launches<'_> {
             grid: [(s / JOIN_ROWS) as u32, self.problem.value_heads() as u32, arguments.nseq as u32],
             threads: 2 * s as u32,
             shared: 0,
-            overlap: true,
             arguments: Arguments::Chunk(arguments),
         }
     }
@@ -748,7 +745,7 @@ mod tests {
                     };
                     assert_eq!(name(1), scan);
                     let sizes: Vec<_> = shared_sizes().collect();
-                    assert!(all.iter().all(|launch| launch.shared as usize <= sizes[launch.function - 100]));
+                    assert!(all.iter().all(|launch| launch.shared as usize == sizes[launch.function - 100]));
                 }
             }
         }
@@ -831,7 +828,7 @@ mod tests {
                     }
                 }
                 assert!(next.iter().all(|n| *n as usize == chunks));
-                assert!(all.iter().all(|launch| launch.overlap) && arguments(&all[0]).waits == WAITS_FIRST);
+                assert_eq!(arguments(&all[0]).waits, WAITS_FIRST);
             }
         }
     }

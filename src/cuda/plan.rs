@@ -94,7 +94,7 @@ pub(crate) enum Arguments {
     Chunk(ChunkArgs),
 }
 
-/// One kernel launch.
+/// One kernel launch. It may start before the launch ahead of it is done: the kernel waits for that itself.
 pub(crate) struct Launch {
     /// Index of the kernel among all.
     pub function: usize,
@@ -102,8 +102,6 @@ pub(crate) struct Launch {
     pub threads: u32,
     /// Bytes of dynamic shared memory.
     pub shared: u32,
-    /// Whether it may start before the launch ahead of it is done: the kernel waits for that itself.
-    pub overlap: bool,
     pub arguments: Arguments,
 }
 
@@ -182,7 +180,6 @@ impl Plan {
             grid: grid.map(|blocks| blocks as u32),
             threads: shape.threads() as u32,
             shared: shared as u32,
-            overlap: true,
             arguments,
         };
         let prompt = match shape.kind {

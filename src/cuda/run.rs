@@ -92,7 +92,7 @@ fn enqueue(prepared: &Prepared, mut launch: Launch, stream: *mut c_void, queued:
     let driver = driver()?;
     let ([x, y, z], threads, shared) = (launch.grid, launch.threads, launch.shared);
     let function = prepared.function(launch.function);
-    let overlap = launch.overlap && prepared.chunked.is_some_and(|device| device.overlap);
+    let overlap = prepared.chunked.is_some_and(|device| device.overlap);
     let mut arguments = [launch.argument()];
     let (arguments, none) = (arguments.as_mut_ptr(), std::ptr::null_mut());
     if !overlap {

@@ -155,7 +155,7 @@ pub unsafe fn compare(problem: &Problem, expected: &Expected) -> Nmse {
         let (channel, h, t, sequence) = (at % s, at / s % hv, at / s / hv % tokens, at / s / hv / tokens);
         if let Some(expected) = expected {
             // SAFETY: indices are below the checked extents, and the caller vouches for the memory.
-            out.add(unsafe { load(&p.out, [channel, h, t, sequence]) }, *expected);
+            out.add(unsafe { load(&p.out, [channel, h, t, sequence]) }, *expected, largest(p.out.dtype));
         }
     }
     let mut state = Error::default();
@@ -165,7 +165,7 @@ pub unsafe fn compare(problem: &Problem, expected: &Expected) -> Nmse {
                 let (j, i, h, b) = (at % s, at / s % s, at / s / s % hv, at / s / s / hv);
                 if let Some(expected) = expected {
                     // SAFETY: as above.
-                    state.add(unsafe { load_state(view, i, j, h, row(b)) }, expected);
+                    state.add(unsafe { load_state(view, i, j, h, row(b)) }, expected, largest(Dtype::F32));
                 }
             }
         };
@@ -183,6 +183,15 @@ pub unsafe fn compare(problem: &Problem, expected: &Expected) -> Nmse {
 /// The smaller of the two, or NaN where `x` is (`f64::min` would drop it).
 fn at_most(x: f64, limit: f64) -> f64 {
     if x > limit { limit } else { x }
+}
+
+/// The largest finite number of a type of floats.
+fn largest(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::F16 => half::f16::MAX.to_f64(),
+        Dtype::Bf16 => half::bf16::MAX.to_f64(),
+        _ => f32::MAX.into(),
+    }
 }
 
 /// # Safety
@@ -214,9 +223,11 @@ struct Error {
 }
 
 impl Error {
-    fn add(&mut self, actual: f64, expected: f64) {
+    /// `largest` is the largest finite number that the actual value's type has.
+    fn add(&mut self, actual: f64, expected: f64, largest: f64) {
         // What IEEE defines as NaN or infinite must come out so; it would otherwise drown every other element.
-        if !expected.is_finite() && (actual == expected || actual.is_nan() && expected.is_nan()) {
+        let infinite = actual.is_infinite() && expected.abs() > largest && actual.signum() == expected.signum();
+        if infinite || actual.is_nan() && expected.is_nan() {
             return;
         }
         self.error += (actual - expected) * (actual - expected);

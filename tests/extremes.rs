@@ -67,6 +67,14 @@ fn gates_may_grow_the_state() {
     hold(&[1, 4, 30], 1e-8, |rng, case| case.buffers[3].fill(|_| rng.uniform(-0.5, 0.8)));
 }
 
+#[test]
+fn f16_outputs_beyond_its_range_are_infinite() {
+    hold(LENGTHS, 2.4e-7, |_, case| {
+        case.params.out.dtype = Dtype::F16 as u32;
+        case.params.scale = 1e6;
+    });
+}
+
 /// Something that is not finite, and where it is put: head 1 of 2, token `at`, channel 3.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Where {

@@ -31,29 +31,6 @@ enum ClusterPlace { PLACE_KQ = 0, PLACE_TH = 2, PLACE_V = 4, PLACE_O = 6, PLACE_
 
 #if DN_WGMMA
 
-__device__ inline uint32_t cluster_rank() {
-    uint32_t r;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return r;
-}
-// All threads of all blocks of a cluster.
-__device__ inline void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-// To the same place in every block of `mask`, each of whose barriers counts the bytes.
-__device__ inline void bulk_multicast(uint32_t dst, const void *src, int bytes, uint32_t bar, uint16_t mask) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-                 "[%0], [%1], %2, [%3], %4;" ::"r"(dst),
-                 "l"(src), "r"(bytes), "r"(bar), "h"(mask)
-                 : "memory");
-}
-__device__ inline void remote_arrive(uint32_t bar, uint32_t block) {
-    asm volatile("{\n.reg .b32 at;\nmapa.shared::cluster.u32 at, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [at];\n}" ::"r"(bar),
-                 "r"(block)
-                 : "memory");
-}
-
 // acc (+)= A B for one k-step, B a tile image in parts.
 template <int PARTS, int TRANS>
 __device__ inline void cluster_step(float (*acc)[4], const uint32_t (&a)[4], uint64_t b, int part_bytes, bool fresh) {
@@ -90,14 +67,6 @@ __device__ inline void cluster_columns(float (&acc)[8][4], const uint32_t (&a)[4
 // updates costs no product here.
 __device__ inline void cluster_operand(uint32_t (&a)[4], int n, float x0, float x1) {
     split_bf16(x0, x1, a[(n & 1) * 2], a[(n & 1) * 2 + 1]);
-}
-
-__device__ inline void mbarrier_arrive(uint32_t bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-// This thread's arrival, once all that it copies asynchronously has arrived.
-__device__ inline void mbarrier_arrive_copied(uint32_t bar) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
 
 // The second warpgroup. Each of its warps has one of these jobs.
@@ -222,7 +191,7 @@ __device__ inline void chunk_cluster(const dn_chunk_args &a) {
     using M = ClusterSmem<S, PARTS>;
     using L = typename M::L;
     constexpr int C = M::C;
-    extern __shared__ __align__(1024) unsigned char smem_raw[];
+    DN_SHARED(__align__(1024) unsigned char, smem_raw);
     const dn_problem &p = a.p;
     const ScanPlace place = scan_place<S, M::COLS, false>(a);
     const int h = place.head;
@@ -246,7 +215,7 @@ __device__ inline void chunk_cluster(const dn_chunk_args &a) {
         mbarrier_init(full(PLACE_FIRST_K), 1);
         mbarrier_init(full(PLACE_O), 32 * M::WARPS);
         mbarrier_init(full(PLACE_O) + M::EMPTY, 32 * 2);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        mbarrier_init_fence();
     }
     cluster_sync();
     // Where everything is, before the wait: the arguments lie in memory that is slow the first time, and what else says where
@@ -264,7 +233,7 @@ __device__ inline void chunk_cluster(const dn_chunk_args &a) {
     const char *v = column_of(p.v);
     char *out = column_of(p.out);
     StateAt begin = walk.begins ? state_at(p, p.state_in, h, seq.row_in) : carry_at<S>(a, walk.carry_in, h);
-    asm volatile("" : "+l"(kq), "+l"(th), "+l"(v), "+l"(out), "+l"(begin.base)); // not later
+    DN_HIDE_5(kq, th, v, out, begin.base); // not later
     // Stage 1 has waited for the kernel before it, the caller's or the scan before, and then let this one start: states may be
     // read at once. (Not so where it runs beside the scan before.) V may in any case.
     const bool early = warp < M::WARPS ? a.waits != WAITS_NOT : warp == M::WARPS + 1;

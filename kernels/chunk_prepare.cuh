@@ -448,7 +448,7 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     using L = Tiles<S, C, PARTS>;
     using Smem = PrepareSmem<S, C, PARTS>;
     using X = Prepare<S, C, PARTS>;
-    extern __shared__ __align__(1024) unsigned char smem_raw[];
+    DN_SHARED(__align__(1024) unsigned char, smem_raw);
     Smem &sm = *reinterpret_cast<Smem *>(smem_raw);
     const dn_problem &p = a.p;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;

@@ -36,7 +36,7 @@ struct ScanSmem {
 __device__ inline int lane_here() {
     int lane = threadIdx.x & 31;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-    asm volatile("" : "+r"(lane));
+    hide(lane);
 #endif
     return lane;
 }
@@ -177,7 +177,7 @@ __device__ inline void to_operand(uint32_t (&hi)[NT / 2][4], uint32_t (&lo)[NT /
 }
 
 // Has the operands of the next chunk finished here, beside the product that still runs: left to itself the compiler puts
-// the work behind the wait. The store never happens, but ptxas cannot know.
+// the work behind the wait.
 template <int PARTS, int KS>
 __device__ inline void finish_here(const uint32_t (&hi)[KS][4], const uint32_t (&lo)[KS][4], uint32_t scratch) {
 #if DN_WGMMA
@@ -187,8 +187,7 @@ __device__ inline void finish_here(const uint32_t (&hi)[KS][4], const uint32_t (
         z &= hi[i][0] & hi[i][1] & hi[i][2] & hi[i][3];
         if (PARTS == 2) z &= lo[i][0] & lo[i][1] & lo[i][2] & lo[i][3];
     }
-    asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, %0, 0x7fc12345;\n@p st.shared.b32 [%1], %0;\n}" ::"r"(z), "r"(scratch)
-                 : "memory");
+    form_here(z, scratch);
 #endif
 }
 
@@ -354,13 +353,10 @@ __device__ inline void store_output(const dn_problem &p, char *out, const float 
 struct ScanPlace {
     int column_block, head, sequence, piece; // value columns, value head, sequence of the launch, piece of the slab
 };
-// Read anew from the special registers each time: a loop need not hold it.
 template <int S, int COLS, bool TRANSITION>
 __device__ inline ScanPlace scan_place(const dn_chunk_args &a) {
     int x, y, z;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
-    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(y));
-    asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(z));
+    block_here(x, y, z);
     const int pieces = TRANSITION ? a.pieces - 1 : a.pieces; // all pieces but the last have a transition
     return {TRANSITION ? x % (S / COLS) : x, y, z / pieces, z % pieces};
 }
@@ -432,7 +428,7 @@ template <int S, int C, int PARTS, int IO, bool TRANSITION>
 __device__ inline void chunk_scan(const dn_chunk_args &a) {
     using L = Tiles<S, C, PARTS>;
     using M = ScanSmem<S, C, PARTS>;
-    extern __shared__ __align__(1024) unsigned char smem_raw[];
+    DN_SHARED(__align__(1024) unsigned char, smem_raw);
     const dn_problem &p = a.p;
     const ScanPlace place = scan_place<S, M::COLS, TRANSITION>(a);
     const int h = place.head, piece = place.piece;
@@ -463,14 +459,14 @@ __device__ inline void chunk_scan(const dn_chunk_args &a) {
           (place.column_block * 64 + (threadIdx.x & 15) * 4) * p.v.nb[0];
     char *out = (char *)p.out.data + h * p.out.nb[1] + (token + 2 * t) * p.out.nb[2] + seq.b * p.out.nb[3] +
                 column * p.out.nb[0];
-    asm volatile("" : "+l"(x.kq), "+l"(x.th), "+l"(x.v), "+l"(out)); // not later
+    DN_HIDE_4(x.kq, x.th, x.v, out); // not later
 
 #if DN_BULK_COPY
     const uint32_t bars = x.smem_at + M::BARS;
     if (threadIdx.x == 0) {
         mbarrier_init(bars, 1);
         mbarrier_init(bars + 8, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        mbarrier_init_fence();
     }
     __syncthreads();
 #endif

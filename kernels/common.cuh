@@ -3,28 +3,11 @@
 // The toolkit's cuda_fp16.h and cuda_bf16.h are left out on purpose: they need a package that the compiler does not.
 #pragma once
 #include "problem.h"
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define DN_SM90 1
-#else
-#define DN_SM90 0
-#endif
+#include "ptx.cuh"
 
 // ---- elements ----
 
 __device__ inline int dn_elt_size(int dtype) { return dtype == DN_F32 ? 4 : 2; }
-
-__device__ inline float dn_f16_to_f32(uint16_t x) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-    return y;
-}
-
-__device__ inline uint16_t dn_f32_to_f16(float x) {
-    uint16_t y;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
 
 __device__ inline float dn_bf16_to_f32(uint16_t x) { return __uint_as_float((uint32_t)x << 16); }
 
@@ -154,19 +137,4 @@ __device__ inline int dn_snapshot_slot(const P &p, int t, int len) {
     if (t >= last) return -1;
     int slot = p.snapshot_order ? t - max(last - p.n_snapshots, 0) : last - 1 - t;
     return slot < p.n_snapshots ? slot : -1;
-}
-
-// ---- overlapping launches (programmatic dependent launch; nothing without it) ----
-
-// The next kernel of the stream may start.
-__device__ inline void launch_next() {
-#if DN_SM90
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-// The previous kernel of the stream is complete.
-__device__ inline void wait_for_previous() {
-#if DN_SM90
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }

@@ -446,7 +446,7 @@ __device__ void prefetch_state(const char *base, uint32_t nb, int column_block) 
         base += X::VALUE_MAJOR ? column_block * X::COLS * 4 : dn_offset(column_block * X::COLS, nb);
 #pragma unroll
         for (int i = threadIdx.x; i < ROWS * LINES; i += THREADS)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(base + dn_offset(i / LINES, nb) + i % LINES * LINE));
+            prefetch_l2(base + dn_offset(i / LINES, nb) + i % LINES * LINE);
     }
 }
 
@@ -503,7 +503,7 @@ __device__ void recurrent(const dn_fast &f) {
 
 template <class X>
 __device__ void recurrent(const dn_problem &p) {
-    extern __shared__ float4 shared_memory[];
+    DN_SHARED(float4, shared_memory);
     typename X::Row *const tile = (typename X::Row *)shared_memory;
     const int h = blockIdx.y, column0 = blockIdx.x * X::COLS;
     const Lane<X> at(blockIdx.x);

@@ -38,14 +38,8 @@ fn expect(case: &Case, expected: &reference::Expected, before: &[Vec<u8>], how: 
     let problem = case.problem();
     // SAFETY: the case owns all memory that its params describe.
     let nmse = unsafe { reference::compare(&problem, expected) };
-    // Prompts go through bf16x3 products, everything else through f32 arithmetic.
     let chunked = deltanet::cuda::workspace_size(&problem).is_ok_and(|bytes| bytes > 0);
-    let state = match (chunked, case.collinear) {
-        (false, false) => 1e-11,
-        (false, true) | (true, false) => 1e-9,
-        (true, true) => 1e-7,
-    };
-    case.assert_near(&nmse, expected, state, how);
+    case.assert_near(&nmse, expected, case.bound_on_cuda(chunked), how);
     case.assert_intact(before);
 }
 

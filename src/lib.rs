@@ -14,6 +14,8 @@
 //! every test, `capi` the exported functions, [`safe`] the same for Rust programs. Engines' own structures are
 //! translated to [`params::Params`] at the edge and nowhere else.
 
+#[cfg(test)]
+extern crate self as deltanet; // what tests share is written for users of the crate
 mod capi;
 /// cbindgen:ignore
 pub mod cpu;

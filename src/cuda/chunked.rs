@@ -125,6 +125,12 @@ pub(crate) static NAMES: [&CStr; JOIN + 2] = names![
 const CLUSTER: usize = 8 * KINDS;
 const JOIN: usize = CLUSTER + 8;
 
+/// Blocks of a cluster of a kernel of `NAMES`, as its source has it.
+#[cfg(test)]
+pub(crate) fn cluster_size(function: usize) -> u32 {
+    if (CLUSTER..JOIN).contains(&function) { 2 } else { 1 }
+}
+
 #[cfg(any(deltanet_nvcc, test))]
 const fn name(words: &'static str) -> &'static CStr {
     match CStr::from_bytes_with_nul(words.as_bytes()) {

@@ -14,6 +14,8 @@ mod abi;
 mod chunked;
 #[cfg(feature = "cuda")]
 mod driver;
+#[cfg(all(feature = "cuda", test))]
+mod emulated;
 #[cfg(feature = "cuda")]
 mod modules;
 #[cfg(feature = "cuda")]

@@ -1,6 +1,7 @@
 //! Running a problem on the caller's stream.
 
 use super::abi::DnProblem;
+use super::chunked::Abilities;
 use super::driver::{CUdevice, Driver, driver};
 use super::modules::{self, FIRST_CHUNKED, Prepared};
 use super::plan::{Launch, Plan, SHAPES, value_contiguous};
@@ -69,22 +70,32 @@ pub unsafe fn run(problem: &Problem, workspace: *mut c_void, workspace_size: usi
         on_device("workspace", workspace.cast(), prepared.device)?;
     }
     let mut queued = 0;
-    let mut enqueue = |launch| {
+    each_launch(problem, plan, prepared.chunked, workspace, |launch| {
         enqueue(&prepared, launch, stream, queued)?;
         queued += 1;
         Ok(())
-    };
-    let (Some(chunked), Some(device)) = (plan.chunked, prepared.chunked) else {
-        return plan.launch.map_or(Ok(()), enqueue);
+    })
+}
+
+/// Gives the launches of `plan` to `launch`, in order. `device` is what runs the chunked kernels, if it does.
+pub(super) fn each_launch(
+    problem: &Problem,
+    plan: Plan,
+    device: Option<Abilities>,
+    workspace: *mut c_void,
+    mut launch: impl FnMut(Launch) -> Result<()>,
+) -> Result<()> {
+    let (Some(chunked), Some(device)) = (plan.chunked, device) else {
+        return plan.launch.map_or(Ok(()), launch);
     };
     let arguments = DnProblem::of(problem, value_contiguous(problem))?;
     let mut launches = chunked.launches(problem, arguments, &device, FIRST_CHUNKED, workspace);
-    launches.try_for_each(&mut enqueue)?;
+    launches.try_for_each(&mut launch)?;
     if chunked.tail == 0 {
         return Ok(());
     }
     let rest = problem.last_tokens(chunked.tail, chunked.state_end(problem, &launches));
-    Plan::new(&rest)?.launch.map_or(Ok(()), enqueue)
+    Plan::new(&rest)?.launch.map_or(Ok(()), launch)
 }
 
 /// Puts one launch on the stream, after `queued` of the same call.

@@ -129,14 +129,14 @@ fn random_problems_match_the_oracle(mut gpu: Gpu, long: usize, families: &[&str]
     let mut rng = Rng(seed());
     for at in 0..cases().div_ceil(20).max(families.len()) {
         let wanted = families[at % families.len()];
-        let (prompt, pieces) = (wanted.starts_with("dn_chunk"), wanted.contains("transition"));
-        if pieces && at >= families.len() {
+        let (prompt, kind) = (wanted.starts_with("dn_chunk"), wanted.split('_').nth(2).expect("three words"));
+        if kind == "transition" && at >= families.len() {
             continue; // seconds each
         }
-        let tokens: &[usize] = match wanted.split('_').nth(2) {
-            Some("transition") => &[long],
-            Some("one") => &[1],
-            Some("window") => &[6, 20],
+        let tokens: &[usize] = match kind {
+            "transition" => &[long],
+            "one" => &[1],
+            "window" => &[6, 20],
             _ if prompt => &[48, 64, 100, 130, 260],
             _ => &[1, 3, 6, 20],
         };
@@ -147,7 +147,7 @@ fn random_problems_match_the_oracle(mut gpu: Gpu, long: usize, families: &[&str]
                 let wish = Wish {
                     tokens: Some(rng.pick(tokens)),
                     head_size: Some(rng.pick(sizes)),
-                    f32_only: wanted.ends_with("f32"),
+                    f32_only: wanted.ends_with("f32") || ["one", "window", "fast"].contains(&kind),
                     scalar_gate: prompt,
                     small: true,
                     ..Wish::default()

@@ -4,7 +4,7 @@
 pub mod peers;
 pub mod sharded;
 
-use deltanet::params::{BetaKind, HeadMap, SnapshotOrder, StateLayout};
+use deltanet::params::{BetaKind, HeadMap, Precision, SnapshotOrder, StateLayout};
 use deltanet::reference::{Expected, Nmse};
 use deltanet::{Dtype, Params, Problem, Tensor};
 
@@ -237,13 +237,16 @@ impl Case {
         assert!(nmse.out <= out && nmse.state <= state, "{nmse:?}, bounds {out:e} {state:e}, {by}: {}", self.words);
     }
 
-    /// Bound on the NMSE of the states where CUDA kernels run it. Prompts go through products of bf16 pairs, everything else
-    /// through f32 arithmetic.
+    /// Bound on the NMSE of the states where CUDA kernels run it. Prompts go through products of bf16 pairs, or of bf16 alone,
+    /// everything else through f32 arithmetic.
     pub fn bound_on_cuda(&self, chunked: bool) -> f64 {
-        match (chunked, self.collinear) {
-            (false, false) => 1e-11,
-            (false, true) | (true, false) => 1e-9,
-            (true, true) => 1e-7,
+        let bf16 = self.params.precision == Precision::Bf16 as u32;
+        match (chunked, bf16, self.collinear) {
+            (false, _, false) => 1e-11,
+            (false, _, true) | (true, false, false) => 1e-9,
+            (true, false, true) => 1e-7,
+            (true, true, false) => 5e-5,
+            (true, true, true) => 5e-3,
         }
     }
 
@@ -276,6 +279,7 @@ impl Case {
         let layout = wish.layout.unwrap_or_else(|| rng.pick(&layouts));
         let head_map = rng.pick(&[HeadMap::Tiled, HeadMap::Grouped]);
         let logit = rng.chance(30);
+        let precision = if rng.chance(25) { Precision::Bf16 } else { Precision::Exact };
 
         // Kernels that read and write four elements at a time want all rows aligned to that, which chance alone seldom brings.
         let granule = if rng.chance(50) { 4 } else { 1 };
@@ -387,6 +391,7 @@ impl Case {
             scale: if rng.chance(30) { rng.uniform(0.1, 2.0) as f32 } else { 0.0 },
             gate_max: if rng.chance(30) { rng.pick(&[50.0, -0.5]) } else { 0.0 },
             state_clamp: if rng.chance(20) { rng.pick(&[1e6, 0.4]) } else { 0.0 },
+            precision: precision as u32,
             qk_norm: u32::from(has_norm),
             qk_norm_eps: if has_norm { 1e-6 } else { 0.0 },
             ..Params::default()
@@ -401,7 +406,7 @@ impl Case {
         let words = format!(
             "S {s} T {tokens} Hk {key_heads} Hv {value_heads} B {sequences} Bq {qk_sequences} ragged {ragged} pool {pool} \
              in place {in_place} channel gate {channel_gate} gates {gate_kind} collinear {near_collinear} norm {has_norm} \
-             layout {layout:?} {head_map:?} logit {logit} snapshots {n_snapshots} {order:?} skip {skip} out {out_dtype:?} \
+             layout {layout:?} {head_map:?} logit {logit} {precision:?} snapshots {n_snapshots} {order:?} skip {skip} out {out_dtype:?} \
              q,k,v {dtypes:?} clamp {} gate max {}",
             params.state_clamp, params.gate_max
         );

@@ -5,7 +5,7 @@ mod support;
 use deltanet::cpu::{self, Isa};
 use deltanet::{Plan, reference};
 use std::mem::MaybeUninit;
-use support::{Case, Rng, Wish, seed};
+use support::{Case, Rng, Wish, cases, seed};
 
 /// Runs a case on one instruction set in several ways; all must agree to the bit and with the oracle.
 fn check(case: &mut Case, isa: Isa, rng: &mut Rng) {
@@ -40,15 +40,11 @@ fn isas() -> Vec<Isa> {
     there
 }
 
-fn cases() -> usize {
-    std::env::var("DELTANET_TEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(2000)
-}
-
 #[test]
 fn random_problems_match_the_oracle() {
     let mut rng = Rng(seed());
     let isas = isas();
-    for at in 0..cases() {
+    for at in 0..cases(2000) {
         let isa = isas[at % isas.len()];
         check(&mut Case::draw(&mut rng, Wish::default()), isa, &mut rng);
     }

@@ -109,7 +109,7 @@ fn expected(case: &Case) -> Vec<Element> {
 #[test]
 fn everything_is_where_it_belongs() {
     let mut rng = Rng(seed());
-    let count = std::env::var("DELTANET_TEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(300);
+    let count = support::cases(300);
     for _ in 0..count {
         let head_size = Some(rng.pick(&[16, 16, 32]));
         let case = Case::draw(&mut rng, Wish { head_size, ..Wish::default() });

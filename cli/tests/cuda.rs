@@ -12,7 +12,7 @@ use deltanet::{Params, Problem, Status, reference};
 use deltanet_cli::cuda::{self, Gpu, Mirror};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use support::sharded::{Whole, shard};
-use support::{Case, Rng, Wish, seed};
+use support::{Case, Rng, Wish, cases, seed};
 
 /// One test at a time has the GPU: a capture forbids other threads what their set-up does.
 static TURN: Mutex<()> = Mutex::new(());
@@ -28,10 +28,6 @@ fn gpu() -> Option<(MutexGuard<'static, ()>, Gpu)> {
             None
         }
     }
-}
-
-fn cases(default: usize) -> usize {
-    std::env::var("DELTANET_TEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(default)
 }
 
 fn expect(case: &Case, expected: &reference::Expected, before: &[Vec<u8>], how: &str) {

@@ -16,7 +16,7 @@ use libloading::Library;
 use std::ffi::{CStr, c_void};
 use std::path::Path;
 use std::process::Command;
-use support::{Case, Rng, Wish, seed};
+use support::{Case, Rng, Wish, cases, seed};
 
 /// The kernels for one architecture.
 struct Gpu {
@@ -69,29 +69,26 @@ impl Gpu {
         }
     }
 
-    /// What the problem is launched as, with a workspace that is not there.
-    fn launches(&self, problem: &Problem) -> Vec<Launch> {
+    /// What the problem is launched as.
+    fn launches(&self, problem: &Problem, workspace: *mut c_void) -> Vec<Launch> {
         let mut all = Vec::new();
         let plan = Plan::new(problem).expect("a plan");
-        each_launch(problem, plan, Some(self.abilities), std::ptr::null_mut(), |launch| {
+        each_launch(problem, plan, Some(self.abilities), workspace, |launch| {
             all.push(launch);
             Ok(())
         })
-        .expect("launches are counted");
+        .expect("nothing is launched here");
         all
     }
 
     /// # Safety
     /// The problem's memory is there, and nobody else's.
     unsafe fn run(&self, problem: &Problem) {
-        let plan = Plan::new(problem).expect("a plan");
-        let mut workspace = vec![0xffu8; plan.workspace];
-        each_launch(problem, plan, Some(self.abilities), workspace.as_mut_ptr().cast(), |launch| {
+        let mut workspace = vec![0xffu8; Plan::new(problem).expect("a plan").workspace];
+        for launch in self.launches(problem, workspace.as_mut_ptr().cast()) {
             // SAFETY: passed on.
             unsafe { self.launch(launch) };
-            Ok(())
-        })
-        .expect("launches do not fail here");
+        }
     }
 
     fn check(&self, case: &mut Case, by: &str) {
@@ -120,14 +117,10 @@ fn family(launch: &Launch) -> String {
     [words[0], words[1], words[2], words[words.len() - 1]].join("_")
 }
 
-fn cases() -> usize {
-    std::env::var("DELTANET_TEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(2000)
-}
-
 /// Random problems for one family of kernels after the other. `long` is a prompt that is cut into pieces.
 fn random_problems_match_the_oracle(mut gpu: Gpu, long: usize, families: &[&str]) {
     let mut rng = Rng(seed());
-    for at in 0..cases().div_ceil(20).max(families.len()) {
+    for at in 0..cases(2000).div_ceil(20).max(families.len()) {
         let wanted = families[at % families.len()];
         let (prompt, kind) = (wanted.starts_with("dn_chunk"), wanted.split('_').nth(2).expect("three words"));
         if kind == "transition" && at >= families.len() {
@@ -153,7 +146,8 @@ fn random_problems_match_the_oracle(mut gpu: Gpu, long: usize, families: &[&str]
                     ..Wish::default()
                 };
                 let case = Case::draw(&mut rng, wish);
-                gpu.launches(&case.problem()).iter().any(|launch| family(launch) == wanted).then_some(case)
+                let launches = gpu.launches(&case.problem(), std::ptr::null_mut());
+                launches.iter().any(|launch| family(launch) == wanted).then_some(case)
             })
             .unwrap_or_else(|| panic!("no problem gets {wanted}"));
         gpu.check(&mut case, wanted);

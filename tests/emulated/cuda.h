@@ -14,7 +14,6 @@
 #define __cluster_dims__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static // blocks run one after another
-#define __restrict__
 
 struct __align__(8) float2 { float x, y; };
 struct __align__(16) float4 { float x, y, z, w; };
@@ -45,10 +44,6 @@ inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 template <class T>
 T __ldcg(const T *p) {
-    return *p;
-}
-template <class T>
-T __ldcs(const T *p) {
     return *p;
 }
 template <class T>

@@ -34,16 +34,12 @@ inline uint16_t dn_f32_to_f16(float x) {
     memcpy(&z, &y, 2);
     return z;
 }
-inline float bf16_to_f32(uint16_t x) { return __uint_as_float((uint32_t)x << 16); }
-inline uint16_t f32_to_bf16(float x) {
-    const uint32_t u = __float_as_uint(x);
-    if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((u >> 16) | 0x40u);
-    return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
-inline uint32_t pack_bf16(float x0, float x1) { return f32_to_bf16(x0) | (uint32_t)f32_to_bf16(x1) << 16; }
+inline float dn_bf16_to_f32(uint16_t x); // of common.cuh, which comes later
+inline uint16_t dn_f32_to_bf16(float x);
+inline uint32_t pack_bf16(float x0, float x1) { return dn_f32_to_bf16(x0) | (uint32_t)dn_f32_to_bf16(x1) << 16; }
 inline uint32_t pack_f16(float x0, float x1) { return dn_f32_to_f16(x0) | (uint32_t)dn_f32_to_f16(x1) << 16; }
 // Half of a packed pair of bf16.
-inline float half_of(uint32_t pair, int which) { return bf16_to_f32((uint16_t)(pair >> 16 * which)); }
+inline float half_of(uint32_t pair, int which) { return dn_bf16_to_f32((uint16_t)(pair >> 16 * which)); }
 
 // ---- overlapping launches ----
 
@@ -191,7 +187,7 @@ void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t b, int accumulate) {
             at ^= at >> 3 & 0x70; // the 128-byte swizzle
             uint16_t x;
             memcpy(&x, shared_at(at, 2), 2);
-            return bf16_to_f32(x);
+            return dn_bf16_to_f32(x);
         });
     }
     __syncwarp();

@@ -47,6 +47,11 @@ pub fn seed() -> u64 {
     seed
 }
 
+/// How many random problems a test draws: from DELTANET_TEST_CASES, or `default`.
+pub fn cases(default: usize) -> usize {
+    std::env::var("DELTANET_TEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(default)
+}
+
 /// What guard zones and gaps between strided elements hold: nobody may change it.
 const GUARD: u8 = 0xa5;
 /// What outputs hold before a run: a NaN in every dtype.
@@ -406,8 +411,8 @@ impl Case {
         let words = format!(
             "S {s} T {tokens} Hk {key_heads} Hv {value_heads} B {sequences} Bq {qk_sequences} ragged {ragged} pool {pool} \
              in place {in_place} channel gate {channel_gate} gates {gate_kind} collinear {near_collinear} norm {has_norm} \
-             layout {layout:?} {head_map:?} logit {logit} {precision:?} snapshots {n_snapshots} {order:?} skip {skip} out {out_dtype:?} \
-             q,k,v {dtypes:?} clamp {} gate max {}",
+             layout {layout:?} {head_map:?} logit {logit} {precision:?} snapshots {n_snapshots} {order:?} skip {skip} \
+             out {out_dtype:?} q,k,v {dtypes:?} clamp {} gate max {}",
             params.state_clamp, params.gate_max
         );
         let buffers = vec![q, k, v, g, beta, state_in, out, state_out, snapshots, rows_in, rows_out, cu_seqlens];

@@ -13,7 +13,9 @@
 #define __launch_bounds__(...)
 #define __cluster_dims__(...)
 #define __align__(n) __attribute__((aligned(n)))
-#define __shared__ static // blocks run one after another
+// Blocks run one after another, those of a machine on one thread. (Without thread_local the linker would make one array of those
+// in two machines, whose tests run at the same time.)
+#define __shared__ static thread_local
 
 struct __align__(8) float2 { float x, y; };
 struct __align__(16) float4 { float x, y, z, w; };

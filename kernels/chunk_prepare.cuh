@@ -19,16 +19,20 @@ __device__ inline float log_between(const LogDecay &to, const LogDecay &from) {
 }
 
 template <int S, int C, int PARTS>
+struct KeyImages {
+    unsigned char k[PARTS][C * S * 2], q[PARTS][C * S * 2];
+};
+template <int S, int C, int PARTS, int HEADS>
+struct SolveSmem {
+    unsigned char images[HEADS][2 * Tiles<S, C, PARTS>::T]; // T, P
+    float a[HEADS][C][C + 4]; // rows padded by 16 bytes, which spreads them over banks
+    float diagonal[HEADS][C / 16][16][24]; // inverses of the diagonal blocks
+};
+template <int S, int C, int PARTS>
 struct PrepareSmem {
-    union {
-        struct {
-            unsigned char k[PARTS][C * S * 2], q[PARTS][C * S * 2];
-        } image;
-        struct {
-            unsigned char images[2][2 * Tiles<S, C, PARTS>::T]; // T, P of two heads
-            float a[2][C][C + 4]; // rows padded by 16 bytes, which spreads them over banks
-            float diagonal[2][C / 16][16][24]; // inverses of the diagonal blocks
-        } solve;
+    union { // the images of K and Q are stored before their place is taken
+        KeyImages<S, C, PARTS> image;
+        SolveSmem<S, C, PARTS, 2> solve;
     };
     LogDecay g[2][C];
     float beta[2][C];
@@ -230,10 +234,11 @@ __device__ inline bool find_chunk(const dn_chunk_args &a, int &b, int &chunk, in
     return false;
 }
 
-template <int S, int C, int PARTS>
+// Smem: PrepareSmem or what has the same members.
+template <int S, int C, int PARTS, class Smem>
 struct Prepare {
     using L = Tiles<S, C, PARTS>;
-    using Smem = PrepareSmem<S, C, PARTS>;
+    using Copies = RowCopies<S, C>;
     static constexpr int BLOCKS = C / 16, OWN = C / 32; // 16 x 16 blocks along a side, and that a warp has at most
 
     // Two neighbouring entries of an image of T or P.
@@ -248,11 +253,75 @@ struct Prepare {
         for (int e = 0; e < 4; e++) store_pair(image, i * 16 + (e >> 1) * 8 + g, j * 16 + (e & 1) * 8 + 2 * t, 0, 0);
     }
 
+    // The rows of K and Q of a chunk.
+    struct Rows {
+        const dn_problem &p;
+        const char *k, *q;
+        int64_t k_nb, q_nb; // from a row to the next
+        int tokens;
+        bool vk, vq, usual; // in fours; f32 in fours
+
+        __device__ Rows(const dn_problem &p, const dn_sequence &seq, int64_t token, int kh, int tokens)
+            : p(p), k((const char *)p.k.data + kh * p.k.nb[1] + token * p.k.nb[2] + seq.bq * p.k.nb[3]),
+              q((const char *)p.q.data + kh * p.q.nb[1] + token * p.q.nb[2] + seq.bq * p.q.nb[3]), k_nb(p.k.nb[2]),
+              q_nb(p.q.nb[2]), tokens(tokens),
+              vk(p.flags & DN_VEC_K), vq(p.flags & DN_VEC_Q),
+              usual(vk && vq && p.dtype_k == DN_F32 && p.dtype_q == DN_F32) {}
+
+        // Has the copy engine bring them to `smem`, if it can. `once`: nobody reads them soon.
+        __device__ void fetch(Smem &sm, unsigned char *smem, bool once) const {
+            if (!Copies::USED || !usual) return;
+            Copies::fetch(smem, sm.arrived[0], k, k_nb, tokens, once);
+            Copies::fetch(smem + C * S * 4, sm.arrived[1], q, q_nb, tokens, once);
+        }
+        // Makes images of them: four threads to a row, 4 C threads that WORK. Images are written in the place of rows, hence
+        // barriers, for all threads of the block. All loads go out before the first is waited for.
+        __device__ void stage(Smem &sm, unsigned char *smem, bool works) const {
+            const int row = threadIdx.x >> 2;
+            const bool there = row < tokens;
+            const char *kb = k + row * k_nb, *qb = q + row * q_nb;
+            if (usual && Copies::USED) {
+                const int turn = Copies::turn(row);
+                const auto bring = [&](uint64_t &arrived, const unsigned char *rows, unsigned char(&image)[PARTS][C * S * 2]) {
+                    float4 x[S / 16];
+                    if (works) {
+                        Copies::wait(arrived);
+                        load_row_f32<S>(x, (const char *)rows + row * S * 4, turn, there);
+                    }
+                    __syncthreads();
+                    if (works) stage_row_f32<S, C, PARTS>(p, x, turn, there, image);
+                };
+                bring(sm.arrived[0], smem, sm.image.k);
+                bring(sm.arrived[1], smem + C * S * 4, sm.image.q);
+            } else if (usual) {
+                float4 k[S / 16], q[S / 16];
+                if (!works) return;
+                load_row_f32<S>(k, kb, 0, there);
+                load_row_f32<S>(q, qb, 0, there);
+                stage_row_f32<S, C, PARTS>(p, k, 0, there, sm.image.k);
+                stage_row_f32<S, C, PARTS>(p, q, 0, there, sm.image.q);
+            } else {
+                uint4 k[S / 16], q[S / 16];
+                if (works) {
+                    load_row<S, 4 * C>(k, p.k, kb, p.dtype_k, vk, there, smem);
+                    load_row<S, 4 * C>(q, p.q, qb, p.dtype_q, vq, there, smem);
+                }
+                if (!vk || !vq) __syncthreads(); // scratch is read
+                if (works) {
+                    stage_row<S, C, PARTS>(p, k, vk ? p.dtype_k : DN_F32, there, sm.image.k);
+                    stage_row<S, C, PARTS>(p, q, vq ? p.dtype_q : DN_F32, there, sm.image.q);
+                }
+            }
+        }
+    };
+
     // A warp's gates and betas of one head as they are in memory, of OWN tokens in a row to a lane; no decay and nothing
     // written past the last token.
     struct Gates {
         float gate[OWN], beta[OWN];
-        __device__ void load(const dn_problem &p, const char *gb, const char *bb, int tokens) {
+        __device__ void load(const dn_problem &p, const dn_sequence &seq, int64_t token, int head, int tokens) {
+            const char *gb = (const char *)p.g.data + head * p.g.nb[1] + token * p.g.nb[2] + seq.b * p.g.nb[3];
+            const char *bb = (const char *)p.beta.data + head * p.beta.nb[1] + token * p.beta.nb[2] + seq.b * p.beta.nb[3];
 #pragma unroll
             for (int i = 0; i < OWN; i++) {
                 const int row = (threadIdx.x & 31) * OWN + i;
@@ -330,10 +399,23 @@ struct Prepare {
         }
     }
 
+    // A warp's share of the two products: two warps to a row tile, one takes the even column blocks up to the diagonal, one the
+    // odd ones.
+    struct Share {
+        int tile, parity;
+        float kk[OWN][2][4] = {}, qk[OWN][2][4] = {};
+        __device__ explicit Share(int warp) : tile(warp >> 1), parity(warp & 1) {}
+        __device__ void multiply(Smem &sm) {
+            const int blocks = (tile - parity + 2) / 2; // 0 for the odd ones of the first tile
+            if (OWN == 2 && blocks == 2) products<OWN>(sm, tile, parity, kk, qk);
+            else if (blocks > 0) products<1>(sm, tile, parity, kk, qk);
+        }
+    };
+
     // A and P of head i in shared memory, from a warp's blocks of K K^T and Q K^T. All that is read is read first: a read waits
     // for a write before it that may be to the same place, for all that the compiler knows.
-    __device__ static void decays(Smem &sm, int i, int tile, int parity, const float (&kk)[OWN][2][4],
-                                  const float (&qk)[OWN][2][4], unsigned char *p_image) {
+    __device__ static void decays(Smem &sm, int i, const Share &share, unsigned char *p_image) {
+        const int tile = share.tile, parity = share.parity;
         const int lane = threadIdx.x & 31, r = tile * 16 + (lane >> 2), c = parity * 16 + (lane & 3) * 2;
         const LogDecay to[2] = {sm.g[i][r], sm.g[i][r + 8]};
         const float beta[2] = {sm.beta[i][r], sm.beta[i][r + 8]};
@@ -344,7 +426,7 @@ struct Prepare {
             for (int j = 0; j < 2; j++) from[m][j] = *(const float4 *)&sm.g[i][c + m * 32 + j * 8];
 #pragma unroll
         for (int m = 0; m < OWN; m++) {
-            if (parity + 2 * m <= tile) decay_block(sm.solve.a[i], r, c + m * 32, to, from[m], beta, kk[m], qk[m], p_image);
+            if (parity + 2 * m <= tile) decay_block(sm.solve.a[i], r, c + m * 32, to, from[m], beta, share.kk[m], share.qk[m], p_image);
             else store_zero_block(p_image, tile, parity + 2 * m);
         }
     }
@@ -447,13 +529,12 @@ template <int S, int C, int PARTS>
 __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     using L = Tiles<S, C, PARTS>;
     using Smem = PrepareSmem<S, C, PARTS>;
-    using X = Prepare<S, C, PARTS>;
+    using X = Prepare<S, C, PARTS, Smem>;
     DN_SHARED(__align__(1024) unsigned char, smem_raw);
     Smem &sm = *reinterpret_cast<Smem *>(smem_raw);
     const dn_problem &p = a.p;
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    using Copies = RowCopies<S, C>;
-    if (Copies::USED) Copies::begin(sm.arrived);
+    const int warp = threadIdx.x >> 5;
+    if (X::Copies::USED) X::Copies::begin(sm.arrived);
     // The scan that follows begins with states, of the caller or of the scan before: it must not start before those are there.
     const bool at_first = a.waits == WAITS_FIRST, to_store = a.waits == WAITS_TO_STORE;
     if (at_first && (p.cu_seqlens || p.rows_in || p.rows_out)) wait_for_previous(); // what says where everything is
@@ -468,59 +549,19 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     const int tokens = min(C, seq.len - a.tail - chunk * C);
     const int64_t token = (int64_t)seq.start + (int64_t)chunk * C;
     const int kh = dn_quotient(blockIdx.y, a.shares);
-    const char *const k0 = (const char *)p.k.data + kh * p.k.nb[1] + token * p.k.nb[2] + seq.bq * p.k.nb[3];
-    const char *const q0 = (const char *)p.q.data + kh * p.q.nb[1] + token * p.q.nb[2] + seq.bq * p.q.nb[3];
-    const bool vk = p.flags & DN_VEC_K, vq = p.flags & DN_VEC_Q;
-    const bool usual = vk && vq && p.dtype_k == DN_F32 && p.dtype_q == DN_F32;
+    typename X::Rows rows(p, seq, token, kh, tokens);
+    DN_HIDE_4(rows.k, rows.q, rows.k_nb, rows.q_nb); // not later: the arguments lie in memory that is slow the first time
     if (at_first) {
         wait_for_previous();
         launch_next();
     }
-    unsigned char *const k_rows = smem_raw, *const q_rows = k_rows + C * S * 4;
-    if (Copies::USED && usual) {
-        const bool once = a.shares == 1 && p.T - a.tail > a.nchunks * C; // of a prompt of several slabs
-        Copies::fetch(k_rows, sm.arrived[0], k0, p.k.nb[2], tokens, once);
-        Copies::fetch(q_rows, sm.arrived[1], q0, p.q.nb[2], tokens, once);
-    }
+    rows.fetch(sm, smem_raw, a.shares == 1 && p.T - a.tail > a.nchunks * C); // once: of a prompt of several slabs
 
     const int rep = dn_quotient(p.Hv, p.Hk), r0 = (blockIdx.y - kh * a.shares) * a.share, pair = min(a.share, rep - r0);
     const auto head = [&](int i) { return p.head_map ? kh * rep + r0 + i : kh + p.Hk * (r0 + i); };
     typename X::Gates raw_gates;
-    if (warp < pair) { // on their way now, waited for last
-        const int h = head(warp);
-        raw_gates.load(p, (const char *)p.g.data + h * p.g.nb[1] + token * p.g.nb[2] + seq.b * p.g.nb[3],
-                       (const char *)p.beta.data + h * p.beta.nb[1] + token * p.beta.nb[2] + seq.b * p.beta.nb[3], tokens);
-    }
-    { // Four threads to a row make 4 C threads. All loads go out before the first is waited for.
-        const int row = threadIdx.x >> 2;
-        const bool there = row < tokens;
-        const char *kb = k0 + row * p.k.nb[2], *qb = q0 + row * p.q.nb[2];
-        if (usual && Copies::USED) { // images are written in the place of rows
-            const int turn = Copies::turn(row);
-            const auto bring = [&](uint64_t &arrived, const unsigned char *rows, unsigned char(&image)[PARTS][C * S * 2]) {
-                float4 x[S / 16];
-                Copies::wait(arrived);
-                load_row_f32<S>(x, (const char *)rows + row * S * 4, turn, there);
-                __syncthreads();
-                stage_row_f32<S, C, PARTS>(p, x, turn, there, image);
-            };
-            bring(sm.arrived[0], k_rows, sm.image.k);
-            bring(sm.arrived[1], q_rows, sm.image.q);
-        } else if (usual) {
-            float4 k[S / 16], q[S / 16];
-            load_row_f32<S>(k, kb, 0, there);
-            load_row_f32<S>(q, qb, 0, there);
-            stage_row_f32<S, C, PARTS>(p, k, 0, there, sm.image.k);
-            stage_row_f32<S, C, PARTS>(p, q, 0, there, sm.image.q);
-        } else {
-            uint4 k[S / 16], q[S / 16];
-            load_row<S, 4 * C>(k, p.k, kb, p.dtype_k, vk, there, smem_raw);
-            load_row<S, 4 * C>(q, p.q, qb, p.dtype_q, vq, there, smem_raw);
-            if (!vk || !vq) __syncthreads(); // scratch is read
-            stage_row<S, C, PARTS>(p, k, vk ? p.dtype_k : DN_F32, there, sm.image.k);
-            stage_row<S, C, PARTS>(p, q, vq ? p.dtype_q : DN_F32, there, sm.image.q);
-        }
-    }
+    if (warp < pair) raw_gates.load(p, seq, token, head(warp), tokens); // on their way now, waited for last
+    rows.stage(sm, smem_raw, true);
     async_proxy_fence();
     if (to_store) {
         wait_for_previous();
@@ -535,19 +576,13 @@ __device__ inline void chunk_prepare(const dn_chunk_args &a) {
     }
 
     if (warp < pair) X::gates(p, sm, warp, raw_gates, tokens); // the two warps that have the least to multiply
-
-    // Two warps to a row tile: one takes the even column blocks up to the diagonal, one the odd ones.
-    constexpr int OWN = X::OWN;
-    const int tile = warp >> 1;
-    float kk[OWN][2][4] = {}, qk[OWN][2][4] = {};
-    const int parity = warp & 1, blocks = (tile - parity + 2) / 2; // 0 for the odd ones of the first tile
-    if (OWN == 2 && blocks == 2) X::template products<OWN>(sm, tile, parity, kk, qk);
-    else if (blocks > 0) X::template products<1>(sm, tile, parity, kk, qk);
+    typename X::Share share(warp);
+    share.multiply(sm);
 
     flush_wait_read();
     __syncthreads(); // the images' place is free
 #pragma unroll 1
-    for (int i = 0; i < pair; i++) X::decays(sm, i, tile, parity, kk, qk, sm.solve.images[i] + L::T);
+    for (int i = 0; i < pair; i++) X::decays(sm, i, share, sm.solve.images[i] + L::T);
     async_proxy_fence();
     __syncthreads();
     const auto images_of = [&](int e) { return (unsigned char *)a.th + ((int64_t)slot * p.Hv + head(e)) * L::TH; };

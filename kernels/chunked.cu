@@ -1,9 +1,11 @@
 // The chunked (WY) kernel for prompts: scalar gate, head sizes 64 and 128, sm_80 and newer. See chunk_prepare.cuh and
-// chunk_scan.cuh, chunk_cluster.cuh for the scan on Hopper, chunk_join.cuh for few heads. Precision, head size, chunk length
+// chunk_scan.cuh, chunk_cluster.cuh for the scan on Hopper, chunk_single.cuh for sequences of one chunk there,
+// chunk_join.cuh for few heads. Precision, head size, chunk length
 // and the layout of v and out are in the names; src/cuda/chunked.rs picks.
 #include "chunk_prepare.cuh"
 #include "chunk_scan.cuh"
 #include "chunk_cluster.cuh"
+#include "chunk_single.cuh"
 #include "chunk_join.cuh"
 
 // Chunks of 64 tokens need 227 KiB of shared memory a block; the other architectures get chunks of 32. The kernels of the
@@ -33,14 +35,21 @@
 #if defined(__CUDA_ARCH__) && DN_WGMMA
 #define DN_CLUSTER(N) __cluster_dims__(N, 1, 1)
 #define DN_CLUSTER_SCAN(S, PARTS, IO) chunk_cluster<S, PARTS, IO>(a)
+#define DN_SINGLE_CHUNK(S, PARTS) chunk_single<S, PARTS>(a)
 #else
 #define DN_CLUSTER(N)
 #define DN_CLUSTER_SCAN(S, PARTS, IO)
+#define DN_SINGLE_CHUNK(S, PARTS)
 #endif
 #define DN_CLUSTERED(S, PARTS, MODE, IO, IO_NAME)                                                                   \
     extern "C" __global__ void DN_CLUSTER(2) __launch_bounds__(256, 1)                                             \
         dn_chunk_cluster_##MODE##_s##S##_##IO_NAME(const __grid_constant__ dn_chunk_args a) {                       \
         DN_CLUSTER_SCAN(S, PARTS, IO);                                                                              \
+    }
+#define DN_SINGLE(S, PARTS, MODE)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(SingleSmem<S, PARTS>::THREADS, 1)                                  \
+        dn_chunk_single_##MODE##_s##S(const __grid_constant__ dn_chunk_args a) {                                    \
+        DN_SINGLE_CHUNK(S, PARTS);                                                                                  \
     }
 #define DN_JOIN(S)                                                                                                  \
     extern "C" __global__ void __launch_bounds__(2 * S, 1) dn_chunk_join_s##S(const __grid_constant__ dn_chunk_args a) { \
@@ -70,6 +79,10 @@ DN_CLUSTERED(128, 1, bf16, IO_F32, f32)
 DN_CLUSTERED(128, 1, bf16, IO_ANY, any)
 DN_CLUSTERED(64, 1, bf16, IO_F32, f32)
 DN_CLUSTERED(64, 1, bf16, IO_ANY, any)
+DN_SINGLE(128, 2, exact)
+DN_SINGLE(64, 2, exact)
+DN_SINGLE(128, 1, bf16)
+DN_SINGLE(64, 1, bf16)
 DN_JOIN(128)
 DN_JOIN(64)
 
@@ -87,3 +100,5 @@ DN_SIZES(64, 32, 2, 33040, 67616, 16384, 8448)
 DN_SIZES(64, 32, 1, 24848, 43040, 8192, 4352)
 static_assert(ClusterSmem<128, 2>::BYTES == 223376 && ClusterSmem<128, 1>::BYTES == 125072 &&
               ClusterSmem<64, 2>::BYTES == 157840 && ClusterSmem<64, 1>::BYTES == 92304, "sizes");
+static_assert(sizeof(SingleSmem<128, 2>) == 123152 && sizeof(SingleSmem<128, 1>) == 74000 &&
+              sizeof(SingleSmem<64, 2>) == 90384 && sizeof(SingleSmem<64, 1>) == 57616, "sizes");

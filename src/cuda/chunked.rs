@@ -5,7 +5,8 @@
 //! to the workspace, `scan` (S) walks over it with the state. The order is P0 S0 P1 S1 P2 S2 ..., and a device that can
 //! overlap launches runs each P beside the S before it, hence two buffers. (With one, P's blocks may come early too, but wait
 //! with their stores.) On Hopper the blocks of a scan that all fit on the device at once are small and in clusters
-//! (kernels/chunk_cluster.cuh). Few heads are few blocks: then a slab is cut into pieces that are scanned side by side, and X
+//! (kernels/chunk_cluster.cuh); where sequences have one chunk besides, one launch does both (kernels/chunk_single.cuh). Few
+//! heads are few blocks: then a slab is cut into pieces that are scanned side by side, and X
 //! and J before each S find out what states the pieces start from (kernels/chunk_join.cuh).
 
 use super::abi::{DnProblem, VEC_OUT, VEC_V};
@@ -28,6 +29,8 @@ const THREADS: usize = 128;
 /// The same where blocks are in clusters (kernels/chunk_cluster.cuh).
 const CLUSTER_COLUMNS: usize = 32;
 const CLUSTER_THREADS: usize = 256;
+/// The same where one launch does both stages (kernels/chunk_single.cuh).
+const SINGLE_THREADS: usize = 384;
 /// Chunks that a device must be able to prepare at a time beside a scan in clusters. With less room the two take turns, which
 /// needs one buffer, so that slabs are larger.
 const BESIDE: usize = 8;
@@ -100,11 +103,12 @@ macro_rules! names {
         )+ $(
             name(concat!("dn_chunk_cluster_", $cmode, "_s", $cs, "_f32\0")),
             name(concat!("dn_chunk_cluster_", $cmode, "_s", $cs, "_any\0")),
+            name(concat!("dn_chunk_single_", $cmode, "_s", $cs, "\0")),
         )+ $(name(concat!("dn_chunk_join_s", $join, "\0")),)+]
     };
 }
 
-/// Every chunked kernel: those of each configuration, then the scans in clusters, then the joins.
+/// Every chunked kernel: those of each configuration, then those for Hopper, then the joins.
 #[cfg(any(deltanet_nvcc, test))]
 pub(crate) static NAMES: [&CStr; JOIN + 2] = names![
     ("exact", 128, 64),
@@ -121,14 +125,18 @@ pub(crate) static NAMES: [&CStr; JOIN + 2] = names![
     ("bf16", 64);
     128, 64
 ];
-/// The first scan in clusters in `NAMES`, and the first join.
-const CLUSTER: usize = 8 * KINDS;
-const JOIN: usize = CLUSTER + 8;
+/// Kernels of a configuration for Hopper: two scans in clusters and the one for a single chunk.
+const HOPPER_KINDS: usize = 3;
+const SINGLE: usize = 2;
+/// The first of those in `NAMES`, and the first join.
+const HOPPER: usize = 8 * KINDS;
+const JOIN: usize = HOPPER + 4 * HOPPER_KINDS;
 
 /// Blocks of a cluster of a kernel of `NAMES`, as its source has it.
 #[cfg(test)]
 pub(crate) fn cluster_size(function: usize) -> u32 {
-    if (CLUSTER..JOIN).contains(&function) { 2 } else { 1 }
+    let in_clusters = (HOPPER..JOIN).contains(&function) && (function - HOPPER) % HOPPER_KINDS != SINGLE;
+    if in_clusters { 2 } else { 1 }
 }
 
 #[cfg(any(deltanet_nvcc, test))]
@@ -177,9 +185,9 @@ impl Shape {
         Shape { head_size: problem.head_size(), chunk, parts }
     }
 
-    /// The index of the scan in clusters in `NAMES`.
-    fn cluster(&self) -> usize {
-        CLUSTER + 4 * usize::from(self.parts == 1) + 2 * usize::from(self.head_size == 64)
+    /// The index of the first kernel for Hopper in `NAMES`.
+    fn hopper(&self) -> usize {
+        HOPPER + HOPPER_KINDS * (2 * usize::from(self.parts == 1) + usize::from(self.head_size == 64))
     }
 
     /// The index of the configuration in `NAMES`.
@@ -223,10 +231,20 @@ impl Shape {
         processors * if self.chunk == 64 { 2 } else { 3 } / self.prepare_blocks(problem).max(1)
     }
 
+    /// Shared memory for T and P of a value head, and its gates.
+    fn solve(&self) -> (usize, usize) {
+        let triangles = 2 * self.triangle() + self.chunk * (self.chunk + 4) * 4 + self.chunk * 24 * 4;
+        (triangles, self.chunk * (8 + 4) + self.vectors())
+    }
     /// Shared memory of `prepare`.
     fn prepare_shared(&self) -> usize {
-        let solve = 2 * 2 * self.triangle() + 2 * self.chunk * (self.chunk + 4) * 4 + 2 * self.chunk * 24 * 4;
-        self.kq().max(solve) + 2 * self.chunk * (8 + 4) + 2 * self.vectors() + 16
+        let (triangles, gates) = self.solve();
+        self.kq().max(2 * triangles) + 2 * gates + 16
+    }
+    /// The same where one launch does both stages.
+    fn single_shared(&self) -> usize {
+        let (triangles, gates) = self.solve();
+        self.kq() + triangles + gates + 16
     }
     /// The same for a block that is to have a multiprocessor to itself, where that is not much more.
     fn prepare_alone_shared(&self) -> usize {
@@ -261,8 +279,10 @@ pub(crate) fn shared_sizes() -> impl Iterator<Item = usize> {
         let scan = shape.scan_shared();
         [shape.prepare_alone_shared(), scan, scan, scan, scan, scan]
     });
-    let clusters = shapes.filter(|shape| shape.chunk == 64).flat_map(|shape| [shape.cluster_shared(); 2]);
-    kernels.chain(clusters).chain([0, 0])
+    let hopper = shapes
+        .filter(|shape| shape.chunk == 64)
+        .flat_map(|shape| [shape.cluster_shared(), shape.cluster_shared(), shape.single_shared()]);
+    kernels.chain(hopper).chain([0, 0])
 }
 
 /// Tokens at the end of every sequence that the token-serial kernel does, because states after them are kept. The newest
@@ -388,6 +408,7 @@ impl Chunked {
         let cut = if device.clusters { CUT_OF_CLUSTERS } else { CUT };
         let pieces = if chunks < cut { 1 } else { self.pieces };
         let clusters = device.clusters && pieces == 1 && blocks <= device.processors;
+        let single = clusters && !ragged && chunks == 1;
         let wave = self.wave(problem, &shape, device, if clusters { CLUSTER_COLUMNS } else { COLUMNS });
         let one = groups == 1 && chunks * group <= room;
         let turns = clusters && wave < BESIDE;
@@ -429,8 +450,13 @@ impl Chunked {
             processors: device.processors,
             prepare: first_function + shape.index() * KINDS,
             clusters,
+            single,
             scan: first_function
-                + if clusters { shape.cluster() + usize::from(io != IO_F32) } else { shape.index() * KINDS + 1 + io },
+                + match (single, clusters) {
+                    (true, _) => shape.hopper() + SINGLE,
+                    (_, true) => shape.hopper() + usize::from(io != IO_F32),
+                    _ => shape.index() * KINDS + 1 + io,
+                },
             transition: first_function + shape.index() * KINDS + TRANSITION + usize::from(io != IO_F32),
             join: first_function + JOIN + usize::from(shape.head_size != 128),
             kq: at(0),
@@ -489,6 +515,8 @@ pub(crate) struct Launches<'a> {
     processors: usize,
     /// Whether scans are in clusters.
     clusters: bool,
+    /// Whether one launch does both stages.
+    single: bool,
     prepare: usize,
     scan: usize,
     transition: usize,
@@ -568,10 +596,15 @@ impl Launches<'_> {
         if !self.clusters {
             return launch;
         }
+        let (threads, shared) = if self.single {
+            (SINGLE_THREADS, self.shape.single_shared())
+        } else {
+            (CLUSTER_THREADS, self.shape.cluster_shared())
+        };
         Launch {
             grid: [(self.problem.head_size() / CLUSTER_COLUMNS) as u32, launch.grid[1], launch.grid[2]],
-            threads: CLUSTER_THREADS as u32,
-            shared: self.shape.cluster_shared() as u32,
+            threads: threads as u32,
+            shared: shared as u32,
             ..launch
         }
     }
@@ -606,7 +639,7 @@ impl Iterator for Launches<'_> {
             }
             let pieces = self.slab(slab).pieces;
             match phase {
-                0 => return Some(self.launch_prepare(slab)),
+                0 if !self.single => return Some(self.launch_prepare(slab)),
                 1 if pieces > 1 => return Some(self.launch_transition(slab)),
                 2 if pieces > 2 => return Some(self.launch_join(slab)),
                 3 => return Some(self.launch_scan(slab)),
@@ -624,9 +657,9 @@ mod tests {
     use crate::problem::Place;
     use crate::tensor::Tensor;
 
-    const HOPPER: Abilities = Abilities { chunk: 64, shared: 232448, processors: 132, overlap: true, clusters: true };
+    const H100: Abilities = Abilities { chunk: 64, shared: 232448, processors: 132, overlap: true, clusters: true };
     /// A slice of such a device.
-    const SLICE: Abilities = Abilities { processors: 16, ..HOPPER };
+    const SLICE: Abilities = Abilities { processors: 16, ..H100 };
     const ADA: Abilities = Abilities { chunk: 32, shared: 101376, processors: 128, overlap: false, clusters: false };
 
     struct Case {
@@ -705,11 +738,11 @@ mod tests {
         }
     }
 
-    /// 0 for a prepare, 1 for a scan, 2 for a transition, 3 for a join.
+    /// 0 for a prepare, 1 for a scan, 2 for a transition, 3 for a join, 4 for both stages at once.
     fn kind(launch: &Launch) -> usize {
         match launch.function - 100 {
             function if function >= JOIN => 3,
-            function if function >= CLUSTER => 1,
+            function if function >= HOPPER => [1, 1, 4][(function - HOPPER) % HOPPER_KINDS],
             function => [0, 1, 1, 1, 2, 2][function % KINDS],
         }
     }
@@ -733,14 +766,16 @@ mod tests {
             [cluster(128, 2), cluster(128, 1), cluster(64, 2), cluster(64, 1)],
             [223_376, 125_072, 157_840, 92_304]
         );
-        assert!(fits(&HOPPER) && fits(&ADA) && !fits(&Abilities { shared: 65536, ..ADA }));
+        let single = |head_size, parts| Shape { head_size, chunk: 64, parts }.single_shared();
+        assert_eq!([single(128, 2), single(128, 1), single(64, 2), single(64, 1)], [123_152, 74_000, 90_384, 57_616]);
+        assert!(fits(&H100) && fits(&ADA) && !fits(&Abilities { shared: 65536, ..ADA }));
         assert_eq!(shared_sizes().count(), NAMES.len());
     }
 
     #[test]
     fn kernels_are_picked_by_name() {
         for (precision, mode) in [(Precision::Exact, "exact"), (Precision::Tf32, "exact"), (Precision::Bf16, "bf16")] {
-            for (device, chunk) in [(HOPPER, 64), (ADA, 32)] {
+            for (device, chunk) in [(H100, 64), (ADA, 32)] {
                 for s in [64, 128] {
                     let (_, all) = launches(&Case { s, precision, t: 300, ..CASE }.problem(), &device);
                     let name = |at: usize| NAMES[all[at].function - 100].to_str().expect("ascii");
@@ -785,7 +820,7 @@ mod tests {
             Case { t: 1200, hk: 2, hv: 4, ..CASE },
         ];
         for case in &cases {
-            for device in [HOPPER, SLICE, ADA] {
+            for device in [H100, SLICE, ADA] {
                 let problem = case.problem();
                 let (chunked, all) = launches(&problem, &device);
                 let shape = Shape::of(&problem, device.chunk);
@@ -812,7 +847,7 @@ mod tests {
                         assert!((a.pieces as usize - 2) * state <= chunked.transitions);
                         assert!((a.pieces - 1) * a.per_piece < a.nchunks && a.nchunks <= a.pieces * a.per_piece);
                     }
-                    if ![0, 1].contains(&kind(launch)) {
+                    if [2, 3].contains(&kind(launch)) {
                         continue;
                     }
                     assert!(launch.grid[1] <= 65535 && launch.grid[2] <= 65535);
@@ -827,7 +862,7 @@ mod tests {
                         }
                         continue;
                     }
-                    assert!(prepared.contains(&key), "a scan comes after its prepare");
+                    assert!(kind(launch) == 4 || prepared.contains(&key), "a scan comes after its prepare");
                     for b in a.seq0..a.seq0 + a.nseq {
                         assert_eq!(next[b as usize], a.chunk0, "in order");
                         next[b as usize] += a.nchunks;
@@ -842,7 +877,7 @@ mod tests {
     #[test]
     fn slabs_are_alike() {
         let grids = |case: &Case| {
-            let (_, all) = launches(&case.problem(), &HOPPER);
+            let (_, all) = launches(&case.problem(), &H100);
             all.iter().filter(|launch| kind(launch) == 0).map(|launch| launch.grid[0]).collect::<Vec<_>>()
         };
         // The scan's 128 blocks leave no room for a prepare: the two take turns. 29 chunks fit, and 16 of them are two blocks
@@ -859,11 +894,11 @@ mod tests {
 
     #[test]
     fn few_heads_are_scanned_in_pieces() {
-        let kinds = |case: &Case| launches(&case.problem(), &HOPPER).1.iter().map(kind).collect::<Vec<_>>();
+        let kinds = |case: &Case| launches(&case.problem(), &H100).1.iter().map(kind).collect::<Vec<_>>();
         assert_eq!(kinds(&Case { hk: 2, hv: 4, ..CASE }), [0, 2, 3, 1]);
         assert_eq!(kinds(&Case { hk: 2, hv: 4, t: 400, ..CASE }), [0, 1], "too short");
         assert_eq!(kinds(&Case { t: 1024, ..CASE }), [0, 1], "enough heads");
-        let (_, all) = launches(&Case { hk: 2, hv: 4, ..CASE }.problem(), &HOPPER);
+        let (_, all) = launches(&Case { hk: 2, hv: 4, ..CASE }.problem(), &H100);
         // 64 chunks in 8 pieces.
         assert_eq!(all[1].grid, [4, 4, 7]);
         assert_eq!(all[2].grid, [32, 4, 1]);
@@ -871,9 +906,22 @@ mod tests {
     }
 
     #[test]
+    fn one_chunk_is_one_launch() {
+        let kinds = |case: &Case, device| launches(&case.problem(), device).1.iter().map(kind).collect::<Vec<_>>();
+        let case = Case { t: 64, ..CASE };
+        assert_eq!(kinds(&case, &H100), [4]);
+        assert_eq!(kinds(&Case { t: 65, ..case }, &H100), [0, 1]);
+        assert_eq!(kinds(&Case { t: 67, snapshots: 3, ..case }, &H100), [4], "the rest is token-serial");
+        assert_eq!(kinds(&Case { b: 2, ..case }, &H100), [0, 1], "more blocks than multiprocessors");
+        assert_eq!(kinds(&Case { b: 2, hk: 8, hv: 16, ..case }, &H100), [4]);
+        assert_eq!(kinds(&case, &SLICE), [0, 1]);
+        assert_eq!(kinds(&case, &ADA), [0, 1]);
+    }
+
+    #[test]
     fn variable_lengths_are_cut_by_chunks_of_all() {
         let problem = Case { t: 10_000, b: 9, ragged: true, ..CASE }.problem();
-        for device in [HOPPER, ADA] {
+        for device in [H100, ADA] {
             let (_, all) = launches(&problem, &device);
             let mut next = 0;
             for launch in all.iter().filter(|launch| launch.grid[2] == 9) {
@@ -905,9 +953,9 @@ mod tests {
     fn windows_keep_what_they_are_faster_for() {
         let chunked = |case: &Case| Plan::new(&case.problem()).expect("a plan").chunked.is_some();
         let exact = |t| chunked(&Case { t, ..CASE });
-        assert!(!exact(54) && exact(55) && exact(64) && !exact(65) && !exact(67) && exact(68));
+        assert!(!exact(40) && exact(41) && exact(64) && !exact(65) && !exact(67) && exact(68));
         let bf16 = |t| chunked(&Case { t, precision: Precision::Bf16, ..CASE });
-        assert!(!bf16(47) && bf16(48) && bf16(65));
+        assert!(!bf16(32) && bf16(33) && bf16(65));
         let batch = |b, t| chunked(&Case { b, t, ..CASE });
         assert!(!batch(2, 47) && batch(2, 48) && !batch(8, 56) && batch(8, 57));
     }
@@ -917,10 +965,10 @@ mod tests {
         /// Shared memory of one, and what of it goes with every block.
         const ALL: u32 = 228 << 10;
         const EACH: u32 = 1 << 10;
-        for (t, together, share) in [(64, 1, 1), (256, 1, 1), (512, 1, 2), (1024, 2, 2)] {
+        for (t, together, share) in [(128, 1, 1), (256, 1, 1), (512, 1, 2), (1024, 2, 2)] {
             for precision in [Precision::Exact, Precision::Bf16] {
                 let problem = Case { t, precision, ..CASE }.problem();
-                let first = &launches(&problem, &HOPPER).1[0];
+                let first = &launches(&problem, &H100).1[0];
                 assert_eq!(ALL / (first.shared + EACH), together, "{t} tokens");
                 assert_eq!(arguments(first).share, share);
                 assert_eq!(first.grid[1], 32 / share as u32);

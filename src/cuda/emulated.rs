@@ -130,6 +130,7 @@ fn random_problems_match_the_oracle(mut gpu: Gpu, long: usize, families: &[&str]
             "transition" => &[long],
             "one" => &[1],
             "window" => &[6, 20],
+            "single" => &[41, 48, 60, 64],
             _ if prompt => &[48, 64, 100, 130, 260],
             _ => &[1, 3, 6, 20],
         };
@@ -172,8 +173,8 @@ const SCANS: [&str; 5] = [
 
 #[test]
 fn hopper_kernels_match_the_oracle() {
-    let clusters = ["dn_chunk_cluster_f32", "dn_chunk_cluster_any"];
-    random_problems_match_the_oracle(Gpu::new("90a", 232448), 1300, &[&clusters[..], &SCANS, &SERIAL].concat());
+    let hopper = ["dn_chunk_cluster_f32", "dn_chunk_cluster_any", "dn_chunk_single_s64", "dn_chunk_single_s128"];
+    random_problems_match_the_oracle(Gpu::new("90a", 232448), 1300, &[&hopper[..], &SCANS, &SERIAL].concat());
 }
 
 #[test]

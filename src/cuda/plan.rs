@@ -44,14 +44,15 @@ const WINDOWED: usize = 5;
 pub(super) const PROMPT: usize = 48;
 
 /// The same beside the kernel for windows with `blocks` blocks, for sequences of about `tokens`. Chunks are whole, 64 tokens on
-/// an H100, where this was measured, and a second one takes as long as another thirteen tokens in windows.
+/// an H100, where this was measured; the first one takes a single launch where every block has a multiprocessor, and a second
+/// one as long as another thirteen tokens in windows.
 fn prompt_beside_windows(blocks: usize, tokens: usize, precision: Precision) -> usize {
     /// Blocks that have a multiprocessor each on a large device, and those that are on it at once.
     const ALONE: usize = 132;
     const AT_ONCE: usize = 264;
     let (one_chunk, two_chunks) = match precision {
-        Precision::Bf16 => (PROMPT, 65),
-        _ => (55, 68),
+        Precision::Bf16 => (33, 65),
+        _ => (41, 68),
     };
     if blocks > AT_ONCE {
         57

@@ -151,6 +151,7 @@ __device__ inline void chunk_single(const dn_chunk_args &a) {
             for (int j = 0; j < 2; j++)
                 if (n * 8 + 2 * t + j < tokens) store(out + j * p.out.nb[2], (o[n][j] + o[n][j + 2]) * p.scale);
     };
+    // The usual ones without a branch for each.
     if (p.dtype_out == DN_F32) each_output([](char *at, float x) { *(float *)at = x; });
     else each_output([&](char *at, float x) { dn_store(at, p.dtype_out, x); });
     if constexpr (HALVES == 2) { // in the registers of the outputs

@@ -1,7 +1,6 @@
 // The chunked (WY) kernel for prompts: scalar gate, head sizes 64 and 128, sm_80 and newer. See chunk_prepare.cuh and
-// chunk_scan.cuh, chunk_cluster.cuh for the scan on Hopper, chunk_single.cuh for sequences of one chunk there,
-// chunk_join.cuh for few heads. Precision, head size, chunk length
-// and the layout of v and out are in the names; src/cuda/chunked.rs picks.
+// chunk_scan.cuh, chunk_cluster.cuh for the scan on Hopper, chunk_single.cuh for sequences of one chunk there, chunk_join.cuh
+// for few heads. Precision, head size, chunk length and the layout of v and out are in the names; src/cuda/chunked.rs picks.
 #include "chunk_prepare.cuh"
 #include "chunk_scan.cuh"
 #include "chunk_cluster.cuh"

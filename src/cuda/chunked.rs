@@ -6,8 +6,8 @@
 //! overlap launches runs each P beside the S before it, hence two buffers. (With one, P's blocks may come early too, but wait
 //! with their stores.) On Hopper the blocks of a scan that all fit on the device at once are small and in clusters
 //! (kernels/chunk_cluster.cuh); where sequences have one chunk besides, one launch does both (kernels/chunk_single.cuh). Few
-//! heads are few blocks: then a slab is cut into pieces that are scanned side by side, and X
-//! and J before each S find out what states the pieces start from (kernels/chunk_join.cuh).
+//! heads are few blocks: then a slab is cut into pieces that are scanned side by side, and X and J before each S find out what
+//! states the pieces start from (kernels/chunk_join.cuh).
 
 use super::abi::{DnProblem, VEC_OUT, VEC_V};
 use super::plan::{Arguments, Launch};
@@ -241,14 +241,14 @@ impl Shape {
         let (triangles, gates) = self.solve();
         self.kq().max(2 * triangles) + 2 * gates + 16
     }
-    /// The same where one launch does both stages.
-    fn single_shared(&self) -> usize {
-        let (triangles, gates) = self.solve();
-        self.kq() + triangles + gates + 16
-    }
     /// The same for a block that is to have a multiprocessor to itself, where that is not much more.
     fn prepare_alone_shared(&self) -> usize {
         if self.chunk == 64 { 114 << 10 } else { self.prepare_shared() }
+    }
+    /// Shared memory where one launch does both stages.
+    fn single_shared(&self) -> usize {
+        let (triangles, gates) = self.solve();
+        self.kq() + triangles + gates + 16
     }
     /// Shared memory of the tiles of two chunks.
     fn stages(&self) -> usize {
